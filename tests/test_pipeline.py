@@ -1,0 +1,239 @@
+"""Quantising whole (tiny) models: what is written, interrupted runs, patterns, other architectures, two processes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import matgptq
+from matgptq.quantizer import pipeline
+from matgptq.quantizer.pipeline import quantize
+
+METHOD = matgptq.Method(group_size=16)
+TOKENS = {"samples": 4, "sequence_length": 32, "progress": False}
+
+
+def run(model, out, text, method=METHOD, **options):
+    return quantize(model, out, method, calibration=text, **{**TOKENS, **options})
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def save(model, folder):
+    model.half().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_every_linear_layer_of_the_blocks_is_quantised(tiny_folder, text_file, tmp_path):
+    report = run(tiny_folder, tmp_path / "out", text_file)
+    layers = matgptq.quantized_layers(matgptq.load(tmp_path / "out"))
+    assert len(layers) == 2 * 7
+    assert set(layers) == set(report.errors)
+    assert all(errors[4] < errors[3] < errors[2] < 0.6 and errors[8] < 0.1 for errors in report.errors.values())
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_weights_are_close_to_the_dense_ones(tiny_folder, text_file, tmp_path):
+    run(tiny_folder, tmp_path / "out", text_file, matgptq.Method(widths=(8,), group_size=16))
+    dense = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    ids = torch.arange(3, 35).view(1, -1)
+    want = dense(ids).logits
+    got = matgptq.load(tmp_path / "out", dtype=torch.float32)(ids).logits
+    assert (got - want).norm() < 0.02 * want.norm()
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tiny_folder, text_file, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(tiny_folder, tmp_path / name, text_file, seed=seed)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert contents(tmp_path / "a")["model.safetensors"] != contents(tmp_path / "c")["model.safetensors"]
+
+
+def test_an_interrupted_run_goes_on_after_its_last_finished_block(tiny_folder, text_file, tmp_path, monkeypatch):
+    run(tiny_folder, tmp_path / "whole", text_file)
+    done = []
+
+    def interrupted(weight, *args, where, **kwargs):
+        if "layers.1" in where and len(done) == 9:
+            raise KeyboardInterrupt
+        done.append(where)
+        return matgptq.quantizer.quantize_weight(weight, *args, where=where, **kwargs)
+
+    monkeypatch.setattr(pipeline, "quantize_weight", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_folder, tmp_path / "out", text_file)
+    assert not (tmp_path / "out").exists()
+    done.append("stop interrupting")
+    run(tiny_folder, tmp_path / "out", text_file)
+    assert all("layers.1" in name for name in done[10:])
+    assert len(done[10:]) == 7
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_an_unfinished_run_with_other_arguments_is_not_mixed_in(tiny_folder, text_file, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "quantize_weight", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_folder, tmp_path / "out", text_file)
+    with pytest.raises(
+        ValueError, match=r"unfinished run with other arguments: .*out.partial differs in method, config"
+    ):
+        run(tiny_folder, tmp_path / "out", text_file, matgptq.Method(group_size=32))
+
+
+def test_two_processes_give_the_codes_of_one(tiny_folder, text_file, tmp_path):
+    arguments = ["matgptq.cli", "quantize", str(tiny_folder), "--calibration", str(text_file), "--group-size", "16"]
+    arguments += ["--samples", "6", "--sequence-length", "32", "--device", "cpu", "--quiet", "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one = [sys.executable, "-m", *arguments, str(tmp_path / "one")]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *arguments]
+    subprocess.run(one, check=True, env=environment)
+    subprocess.run([*two, str(tmp_path / "two")], check=True, env=environment)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_round_to_nearest_needs_no_text(tiny_folder, tmp_path):
+    quantize(tiny_folder, tmp_path / "out", matgptq.Method(group_size=16, feedback=False), progress=False)
+    assert matgptq.load(tmp_path / "out", bits=4)
+
+
+def test_plain_gptq_stores_its_own_width_only(tiny_folder, text_file, tmp_path):
+    run(tiny_folder, tmp_path / "out", text_file, matgptq.Method(widths=(3,), master_bits=3, group_size=16))
+    layer = next(iter(matgptq.quantized_layers(matgptq.load(tmp_path / "out")).values()))
+    assert layer.bits == layer.master_bits == 3
+    assert layer.qweight.max() < 8
+    with pytest.raises(ValueError, match="bits must be at most 3, the stored width, got 4"):
+        layer.bits = 4
+
+
+def test_the_output_layer_on_request_unties_the_embeddings(tiny_folder, text_file, tmp_path):
+    report = run(tiny_folder, tmp_path / "out", text_file, lm_head=True)
+    assert report.errors["lm_head"][8] < 0.05
+    model = matgptq.load(tmp_path / "out", dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    assert isinstance(model.lm_head, matgptq.MatGPTQLinear)
+    assert torch.equal(model.model.embed_tokens.weight, dense.model.embed_tokens.weight)
+
+
+def test_patterns_choose_layers(tiny_folder, text_file, tmp_path):
+    run(tiny_folder, tmp_path / "out", text_file, include=["*.mlp.*", "q_proj"], exclude=["down_proj"])
+    model = matgptq.load(tmp_path / "out")
+    names = {name.rpartition(".")[2] for name in matgptq.quantized_layers(model)}
+    assert names == {"gate_proj", "up_proj", "q_proj"}
+    assert isinstance(model.model.layers[0].mlp.down_proj, nn.Linear)
+
+
+def qwen2():
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=300,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def opt():
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=300,
+            hidden_size=64,
+            ffn_dim=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            word_embed_proj_dim=64,
+        )
+    )
+
+
+@pytest.mark.parametrize("build", [qwen2, opt])
+@pytest.mark.parametrize(
+    "method",
+    [
+        matgptq.Method(group_size=32, act_order=True, sym=False),
+        matgptq.Method(group_size=-1, rule="prefix", widths=(4, 8)),
+    ],
+    ids=["act-order-asym", "prefix-rows"],
+)
+def test_other_decoders_with_biases(build, method, text_file, tmp_path):
+    torch.manual_seed(0)
+    folder = save(build().eval(), tmp_path / "dense")
+    with torch.no_grad():
+        dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for module in dense.modules():
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.normal_()
+        save(dense, folder)
+        dense.float()
+    run(folder, tmp_path / "out", text_file, method)
+    model = matgptq.load(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(3, 35).view(1, -1)
+    want = dense(ids).logits
+    assert (model(ids).logits - want).norm() < 0.1 * want.norm()
+    assert any(layer.bias is not None for layer in matgptq.quantized_layers(model).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"samples": 10**6}, ValueError, r"samples must be at most \d+, the sequences of 32 tokens in .*, got 1000000"),
+        ({"samples": 0}, ValueError, "samples must be positive, got 0"),
+        ({"include": ["nothing"]}, ValueError, r"include must match linear layers of the decoder, got \('nothing',\)"),
+        (
+            {"method": matgptq.Method(group_size=128)},
+            ValueError,
+            r"group_size must divide in_features = 64, got 128 \(model",
+        ),
+        ({"bits": 9}, ValueError, "bits must be an integer from 2 to 8, got 9"),
+        ({"text": None}, ValueError, "calibration must name a text unless"),
+        ({"text": "missing.txt"}, FileNotFoundError, "calibration must be a file or a dataset name, got missing.txt"),
+    ],
+)
+def test_bad_arguments_are_refused(options, error, message, tiny_folder, text_file, tmp_path):
+    options = {"text": text_file, **options}
+    with pytest.raises(error, match=message):
+        run(tiny_folder, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_is_not_overwritten(tiny_folder, text_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    with pytest.raises(FileExistsError, match="out must be a new or an empty folder"):
+        run(tiny_folder, tmp_path / "out", text_file)
+
+
+def test_a_quantised_model_is_not_quantised_again(tiny_folder, text_file, tmp_path):
+    run(tiny_folder, tmp_path / "out", text_file)
+    with pytest.raises(ValueError, match="model must not be quantised already"):
+        run(tmp_path / "out", tmp_path / "again", text_file)
+
+
+def test_jsonl_calibration_names_the_broken_line(tiny_folder, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "fine"}\n{"texts": "not"}\n')
+    with pytest.raises(ValueError, match=r"text.jsonl, line 2: lines must be JSON objects with a string 'text'"):
+        run(tiny_folder, tmp_path / "out", text)
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(ValueError, match="model must have a list of decoder blocks"):
+        pipeline.find_blocks(tiny_model().lm_head)
