@@ -72,7 +72,8 @@ def _read_raw_layer(file: Path) -> QuantizedWeight:
     try:
         data = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its parts raise
-        raise CheckpointError(f"{file}: file must be a readable data.pt of tensors, got {error}") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{file}: file must be a readable data.pt of tensors, got {reason}") from None
     if not isinstance(data, dict) or not {"qweight", "scale"} <= set(data):
         got = sorted(data) if isinstance(data, dict) else type(data).__name__
         raise CheckpointError(f"{file}: file must hold qweight and scale, got {got}")

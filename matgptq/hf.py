@@ -19,7 +19,15 @@ from transformers.quantizers import auto, register_quantization_config, register
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint import CheckpointError, StoredLayer, StoredTensor, check_values, read_headers, stored_layers
+from .checkpoint import (
+    CheckpointError,
+    StoredLayer,
+    StoredTensor,
+    check_folder,
+    check_values,
+    read_headers,
+    stored_layers,
+)
 from .config import PUBLISHED_METHOD, QUANT_METHOD, QuantConfig
 from .linear import quantized_layers, set_bits
 
@@ -219,7 +227,7 @@ def load(
 
     Raises:
         ValueError: the model is not quantised by MatGPTQ, or cannot serve a width that is asked for.
-        CheckpointError: a file breaks a rule of the format.
+        CheckpointError: a file breaks a rule of the format, or a tensor of the model is not stored.
 
     Example:
         >>> model = load("SmolLM2-135M-MatGPTQ", bits=4)                    # doctest: +SKIP
@@ -229,7 +237,13 @@ def load(
     if stored is None:
         raise ValueError(f"model must have a quantization_config in its config.json, got none ({model})")
     QuantConfig.from_dict(stored, where=f"{model}: quantization_config")
-    loaded = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype, **kwargs)
+    if Path(model).is_dir():
+        check_folder(model)  # the index too, which Transformers would follow out of the folder
+    loaded, found = AutoModelForCausalLM.from_pretrained(
+        model, config=config, dtype=dtype, output_loading_info=True, **kwargs
+    )
+    if found["missing_keys"]:  # Transformers fills these with random numbers, and warns
+        raise CheckpointError(f"{model}: {', '.join(sorted(found['missing_keys']))} must be stored, got no such tensor")
     if bits is not None:
         set_bits(loaded, bits)
     if device is not None:

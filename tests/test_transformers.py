@@ -210,3 +210,18 @@ def test_a_compiled_model_has_no_graph_breaks(folder):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(IDS, use_cache=False).logits, model(IDS).logits)
+
+
+def test_a_missing_dense_tensor_is_not_made_up(folder, tmp_path):
+    bad = copy(folder, tmp_path / "bad", lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(matgptq.CheckpointError, match=r"model.norm.weight must be stored, got no such tensor"):
+        matgptq.load(bad)
+
+
+def test_an_index_does_not_lead_out_of_the_folder(folder, tmp_path):
+    out = copy(folder, tmp_path / "copy")
+    names = load_file(out / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(names, f"../{folder.name}/model.safetensors")}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(matgptq.CheckpointError, match="weight_map must map tensor names to file names of the folder"):
+        matgptq.load(out)
