@@ -1,6 +1,6 @@
 """Write the tables and plots of the documentation from the results files.
 
-    python benchmarks/report.py
+python benchmarks/report.py
 """
 
 from __future__ import annotations

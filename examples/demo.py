@@ -2,16 +2,18 @@
 
     python examples/demo.py build/SmolLM2-135M-Instruct
 
-The last line of the output is one JSON object: {"model", "dense_perplexity", "dense_bytes", "quantize_seconds",
-"widths": {"8": {"perplexity", "bytes", "answer"}, ...}}. Perplexity is of the first 8,192 tokens of a text that
-calibrated nothing; bytes are those of a folder that `matgptq slice` cuts to the width.
+The last line of the output is one JSON object: {"model", "date", "device", "dense_perplexity", "dense_bytes",
+"quantize_seconds", "widths": {"8": {"perplexity", "bytes", "answer"}, ...}}. Perplexity is of the first 8,192 tokens of
+a text that calibrated nothing; bytes are those of a folder that `matgptq slice` cuts to the width.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of a dense model")
+    parser.add_argument("--out", type=Path, help="also write the result into this JSON file")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of held-out text to measure on")
     options = parser.parse_args()
     nested = options.model.with_name(f"{options.model.name}-MatGPTQ")
@@ -83,11 +86,18 @@ def main() -> None:
         print(f"{bits:>2} bits {row['perplexity']:11.2f} {row['bytes'] / 1e6:6.1f} MB  {row['answer']}")
     result = {
         "model": options.model.name,
+        "date": date.today().isoformat(),
+        "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
+        "torch": torch.__version__,
+        "matgptq": matgptq.__version__,
         "dense_perplexity": round(dense_perplexity, 3),
         "dense_bytes": dense_bytes,
         "quantize_seconds": seconds and round(seconds, 1),
         "widths": widths,
     }
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
 
 

@@ -14,8 +14,9 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import CheckpointError, slice_folder
+from .checkpoint import CheckpointError
 from .config import QuantConfig
+from .folder import slice_folder
 from .linear import MatGPTQLinear, quantized_layers, set_bits
 from .ops import linear
 from .slicing import code_levels, dequantize, slice_codes

@@ -1,8 +1,7 @@
-"""Reading and writing model folders without trusting them.
+"""Reading model folders without trusting them.
 
 A folder is a Hugging Face model folder of safetensors files (``docs/format.md``). Headers are read and checked before
-any weight is: what is wrong is one `CheckpointError` that names the file, the tensor, the rule and the value. A
-folder appears under its name only when it is complete.
+any weight is: what is wrong is one `CheckpointError` that names the file, the tensor, the rule and the value.
 """
 
 from __future__ import annotations
@@ -10,24 +9,19 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import QuantConfig
 from .linear import MatGPTQLinear, match_bits
 from .ops import servable, unservable
-from .planes import pack_planes, read_slices
-from .slicing import MIN_BITS, check_bits, group_count
+from .slicing import MIN_BITS, group_count
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -113,7 +107,7 @@ def read_config(folder: str | Path) -> tuple[dict[str, Any], QuantConfig]:
         CheckpointError: the file is missing or broken, or its quantization_config is missing or wrong.
     """
     path = Path(folder) / CONFIG
-    values = _read_json(path)
+    values = read_json(path)
     quantization = values.get("quantization_config")
     if not isinstance(quantization, dict):
         raise CheckpointError(f"{path}: quantization_config must be an object, got {quantization!r}")
@@ -134,7 +128,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     if not index.exists():
         files = [folder / WEIGHTS]
     else:
-        names = _read_json(index).get("weight_map")
+        names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(v, str) and v == Path(v).name for v in names.values()):
             raise CheckpointError(f"{index}: weight_map must map tensor names to file names of the folder")
         files = [folder / name for name in sorted(set(names.values()))]
@@ -152,7 +146,7 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, StoredTensor]:
     """
     tensors: dict[str, StoredTensor] = {}
     for path in map(Path, files):
-        with _open(path) as handle:
+        with open_weights(path) as handle:
             for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
                 if name in tensors:
                     raise CheckpointError(f"{path}: {name} must be stored once, got another in {tensors[name].file}")
@@ -170,7 +164,7 @@ def folder_headers(folder: str | Path) -> dict[str, StoredTensor]:
     tensors = read_headers(weight_files(folder))
     index = Path(folder) / INDEX
     if index.exists():
-        for name, file in _read_json(index)["weight_map"].items():
+        for name, file in read_json(index)["weight_map"].items():
             if name not in tensors or tensors[name].file.name != file:
                 got = tensors[name].file.name if name in tensors else "no such tensor"
                 raise CheckpointError(f"{index}: {name} must be in {file}, got {got}")
@@ -268,7 +262,7 @@ def check_values(layer: MatGPTQLinear, where: str) -> None:
     def fail(suffix: str, rule: str, got: object) -> CheckpointError:
         return CheckpointError(f"{where}: {layer.name}.{suffix} {rule}, got {got}")
 
-    _check_codes(layer.qweight, layer.master_bits, f"{where}: {layer.name}.qweight")
+    check_codes(layer.qweight, layer.master_bits, f"{where}: {layer.name}.qweight")
     for suffix in ("scales", "zeros", *(f"scales_{b}" for b in layer.own_widths)):
         tensor = getattr(layer, suffix)
         if tensor is not None and tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -279,7 +273,8 @@ def check_values(layer: MatGPTQLinear, where: str) -> None:
             raise fail("perm", f"must be a permutation of 0 to {layer.in_features - 1}", "repeated or missing columns")
 
 
-def _check_codes(qweight: Tensor, master_bits: int, what: str) -> None:
+def check_codes(qweight: Tensor, master_bits: int, what: str) -> None:
+    """Raise a CheckpointError that begins with ``what`` unless all codes are below ``2**master_bits``."""
     limit = 2**master_bits
     if limit < 256 and qweight.dim() == 2 and int(qweight.max()) >= limit:
         raise CheckpointError(f"{what} must hold codes below {limit}, got {int(qweight.max())}")
@@ -292,118 +287,8 @@ def check_folder(folder: str | Path) -> tuple[QuantConfig, dict[str, StoredLayer
     return config, stored_layers(tensors, config), tensors
 
 
-def slice_folder(source: str | Path, out: str | Path, bits: int | Mapping[str, int]) -> QuantConfig:
-    """Write ``source`` cut to a width: each quantised layer stores only its bits, as planes.
-
-    Args:
-        source: a model folder, ours or published.
-        out: the new folder; must not exist, or be empty.
-        bits: one width, or a map from layer name or pattern to width; other layers keep the width they serve.
-
-    Returns:
-        The new folder's config.
-
-    Raises:
-        CheckpointError: ``source`` breaks a rule, or does not hold a width that is asked for.
-        FileExistsError: ``out`` is there already.
-    """
-    source = Path(source)
-    values, config = read_config(source)
-    tensors = folder_headers(source)
-    if isinstance(bits, Mapping):
-        # a layer's own entry goes before patterns: drop those of layers for which a pattern asks another width now
-        old = {
-            key: width
-            for key, width in config.bits_per_layer.items()
-            if key not in bits and not (f"{key}.qweight" in tensors and match_bits(key, bits))
-        }
-        config = replace(config, bits_per_layer={**bits, **old})
-    else:
-        config = replace(config, bits=check_bits(bits, most=config.master_bits), bits_per_layer={})
-    layers = stored_layers(tensors, config)
-    values["quantization_config"] = config.to_dict()
-    with new_folder(out) as partial:
-        sizes = {}
-        for file in weight_files(source):
-            cut: dict[str, Tensor] = {}
-            with _open(file) as handle:
-                for name in handle.keys():  # noqa: SIM118
-                    owner, _, suffix = name.rpartition(".")
-                    if owner not in layers:
-                        cut[name] = handle.get_tensor(name)
-                    else:
-                        cut.update(_cut(suffix, handle.get_tensor(name), layers[owner], config, file))
-            save_file(cut, partial / file.name, metadata={"format": "pt"})
-            sizes.update({name: (file.name, tensor.nbytes) for name, tensor in cut.items()})
-        if (source / INDEX).exists():
-            index = {
-                "metadata": {"total_size": sum(size for _, size in sizes.values())},
-                "weight_map": {name: file for name, (file, _) in sizes.items()},
-            }
-            write_json(partial / INDEX, index)
-        write_json(partial / CONFIG, values)
-        copy_side_files(source, partial)
-    return config
-
-
-def _cut(suffix: str, tensor: Tensor, layer: StoredLayer, config: QuantConfig, file: Path) -> dict[str, Tensor]:
-    """What is left of one tensor of a quantised layer at the width that ``config`` gives the layer, by its new name."""
-    bits = config.bits_for(layer.name)
-    kept = layer.kept(bits, config)
-    if suffix not in kept:
-        return {}
-    if suffix == "qweight":
-        _check_codes(tensor, config.master_bits, f"{file}: {layer.name}.qweight")
-        tensor = pack_planes(read_slices(tensor, bits, config.slicing, config.master_bits), bits)
-    return {f"{layer.name}.{kept[suffix]}": tensor}
-
-
-@contextlib.contextmanager
-def new_folder(out: str | Path) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that becomes ``out`` when the block ends well, and goes away otherwise.
-
-    Raises:
-        FileExistsError: ``out`` is there already and is not an empty folder.
-    """
-    out = Path(out)
-    check_new(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        partial.chmod(0o755)
-        yield partial
-        publish(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_new(out: str | Path) -> None:
-    """Raise FileExistsError unless ``out`` is free to be written."""
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"out must be a new or an empty folder, got {out}")
-
-
-def publish(partial: Path, out: Path) -> None:
-    """Give the finished folder ``partial`` its name; an empty folder of that name is replaced."""
-    check_new(out)
-    os.replace(partial, out)
-
-
-def copy_side_files(source: Path, out: Path) -> None:
-    """Copy what is neither weights nor already written: tokenizer, generation config, licence, model code."""
-    for file in source.iterdir():
-        weights = file.suffix in (".safetensors", ".bin", ".pt", ".gguf") or file.name.endswith(".index.json")
-        if file.is_file() and not weights and not (out / file.name).exists():
-            shutil.copy2(file, out / file.name)
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write ``values`` as indented JSON with a newline at the end."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; a CheckpointError that names the file where there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -416,7 +301,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[Any]:
+def open_weights(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; a broken one is a CheckpointError that names it."""
     try:
         with safe_open(path, framework="pt") as handle:
             yield handle

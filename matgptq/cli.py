@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from . import __version__
-from .checkpoint import check_folder, slice_folder
+from .checkpoint import check_folder
 from .config import read_widths
+from .folder import slice_folder
 from .ops import servable
 from .slicing import MAX_BITS, MIN_BITS, RULES
 
@@ -53,6 +54,7 @@ def quantize(options: argparse.Namespace) -> dict[str, Any]:
         torch.distributed.init_process_group()
         if device is None and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+            torch.cuda.set_device(device)
     master_bits = MAX_BITS
     widths, lambdas = tuple(options.widths), options.lambdas and tuple(options.lambdas)
     if options.method != "matgptq":

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .checkpoint import CheckpointError, check_values, copy_side_files, new_folder
+from .checkpoint import CheckpointError, check_values
 from .config import QuantConfig, read_widths
+from .folder import copy_side_files, new_folder
 from .hf import attach_config
 from .linear import MatGPTQLinear
 from .quantizer.gptq import QuantizedWeight

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, Qwen2C
 import matgptq
 from matgptq.quantizer import pipeline
 from matgptq.quantizer.pipeline import quantize
+from matgptq.quantizer.stages import find_blocks
 
 METHOD = matgptq.Method(group_size=16)
 TOKENS = {"samples": 4, "sequence_length": 32, "progress": False}
@@ -234,6 +236,26 @@ def test_jsonl_calibration_names_the_broken_line(tiny_folder, tmp_path):
         run(tiny_folder, tmp_path / "out", text)
 
 
+def test_a_dataset_name_is_read_with_its_config_and_split(tiny_folder, tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        return [{"text": "The river runs to the sea. " * 20}] * 20
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    run(tiny_folder, tmp_path / "a", "wiki:raw:test")
+    run(tiny_folder, tmp_path / "b", "wiki")
+    assert asked[0] == (("wiki", "raw"), {"split": "test", "streaming": True})
+    assert asked[1] == (("wiki", None), {"split": "train", "streaming": True})
+
+
+def test_a_dataset_needs_its_package(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"calibration wiki is no file, .* needs: pip install datasets"):
+        run(tiny_folder, tmp_path / "out", "wiki")
+
+
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(ValueError, match="model must have a list of decoder blocks"):
-        pipeline.find_blocks(tiny_model().lm_head)
+        find_blocks(tiny_model().lm_head)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from folders import config_values, healthy, layer_tensors, read_tensors, write_folder
 
-from matgptq import CheckpointError, QuantConfig, checkpoint, slice_codes, slice_folder
+from matgptq import CheckpointError, QuantConfig, slice_codes, slice_folder
+from matgptq import folder as writing
 from matgptq.checkpoint import check_folder
 from matgptq.planes import pack_planes
 
@@ -166,7 +167,7 @@ def test_codes_above_the_master_width_are_refused_by_file_and_tensor(tmp_path):
 
 @pytest.mark.parametrize("there", ["file", "full folder"])
 def test_what_is_there_already_is_not_written_over_and_no_work_is_done(tmp_path, monkeypatch, there):
-    monkeypatch.setattr(checkpoint, "save_file", lambda *_, **__: pytest.fail("began to write"))
+    monkeypatch.setattr(writing, "save_file", lambda *_, **__: pytest.fail("began to write"))
     folder, out = write_folder(tmp_path / "model", healthy(), config_values()), tmp_path / "cut"
     if there == "file":
         out.write_text("mine")
@@ -189,7 +190,7 @@ def test_an_empty_folder_is_filled(tmp_path):
 @pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
 def test_a_cut_that_fails_half_way_leaves_nothing_and_tells_the_cause(tmp_path, monkeypatch, error):
     folder = write_folder(tmp_path / "model", healthy(), config_values(), shards=2)
-    save, calls = checkpoint.save_file, []
+    save, calls = writing.save_file, []
 
     def fail_at_the_second_file(tensors, path, **options):
         calls.append(path)
@@ -197,7 +198,7 @@ def test_a_cut_that_fails_half_way_leaves_nothing_and_tells_the_cause(tmp_path, 
             raise error
         save(tensors, path, **options)
 
-    monkeypatch.setattr(checkpoint, "save_file", fail_at_the_second_file)
+    monkeypatch.setattr(writing, "save_file", fail_at_the_second_file)
     with pytest.raises(type(error)) as caught:
         slice_folder(folder, tmp_path / "cut", 4)
     assert caught.value is error  # not a complaint about the source

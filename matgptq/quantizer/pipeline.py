@@ -11,9 +11,7 @@ summed, and each rank quantises its share of the layers. Rank 0 writes.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fnmatch
 import json
 import shutil
 import time
@@ -25,19 +23,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..checkpoint import check_new, publish, write_json
 from ..config import QuantConfig
 from ..export import insert_results, write_model
+from ..folder import check_new, publish, write_json
 from ..slicing import check_bits, group_count
 from .calibration import calibration_tokens
+from .distributed import barrier, rank, world
 from .gptq import Method, QuantizedWeight, quantize_weight
 from .hessian import HessianHooks
+from .stages import BlockRunner, Stage, find_stages, left_dense
 
-LM_HEAD = "lm_head"
 REPORT_WIDTHS = (8, 6, 4, 3, 2)
 
 
@@ -116,9 +115,11 @@ def quantize(
     if device.type == "cpu":
         dense.float()
     dense.eval().requires_grad_(False)
-    stages = _stages(dense, include, exclude, lm_head)
+    stages = find_stages(dense, include, exclude, lm_head)
     for stage in stages:
         for name, linear in stage.linears.items():
+            if linear.in_features % 16:
+                raise ValueError(f"in_features must be a multiple of 16, got {linear.in_features} ({name}): exclude it")
             group_count(linear.in_features, method.group_size, where=name)
     report.seconds["load"] = clock.lap()
 
@@ -132,7 +133,7 @@ def quantize(
         group_size=method.group_size,
         sym=method.sym,
         slicing=method.rule,
-        modules_to_not_convert=_left_dense(dense, stages),
+        modules_to_not_convert=left_dense(dense, stages),
     )
     arguments = {
         "model": str(model),
@@ -143,15 +144,15 @@ def quantize(
     }
     partial = _Partial(out, arguments)
     with torch.no_grad():
-        runner = None if tokens is None else _BlockRunner(dense, stages, tokens, batch_size, device)
+        runner = None if tokens is None else BlockRunner(dense, stages, tokens, batch_size, device)
         report.seconds |= {"calibrate": clock.lap(), "solve": 0.0}
         total = sum(len(stage.linears) for stage in stages)
-        with tqdm(total=total, desc="quantize", unit="layer", disable=not progress or _rank() > 0) as bar:
+        with tqdm(total=total, desc="quantize", unit="layer", disable=not progress or rank() > 0) as bar:
             for number, stage in enumerate(stages):
                 _quantize_stage(stage, number, runner, method, partial, device, report, clock, bar)
     report.seconds["calibrate"] += clock.lap()
 
-    if _rank() == 0:
+    if rank() == 0:
         for stage in stages:
             insert_results(dense, stage.results, config)
         dense.to(stored_dtype)
@@ -162,78 +163,15 @@ def quantize(
         write_model(dense, config, model, tokenizer, finished)
         publish(finished, out)
         shutil.rmtree(partial.folder)
-    _barrier()
+    barrier()
     report.seconds["write"] = clock.lap()
     return report
 
 
-@dataclass
-class _Stage:
-    """Linear layers that are calibrated in one pass: those of a decoder block, or the output layer."""
-
-    name: str
-    block: nn.Module | None
-    linears: dict[str, nn.Linear]
-    results: dict[str, QuantizedWeight] = field(default_factory=dict)
-
-
-def _stages(model: PreTrainedModel, include: Sequence[str], exclude: Sequence[str], lm_head: bool) -> list[_Stage]:
-    """The decoder's blocks, with the linear layers that the patterns choose, and the output layer on request."""
-    blocks = find_blocks(model)
-    names = {id(module): name for name, module in model.named_modules()}
-    stages = []
-    for block in blocks:
-        name = names[id(block)]
-        linears = {f"{name}.{n}": m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-        chosen = {n: m for n, m in linears.items() if _matches(n, include) and not _matches(n, exclude)}
-        stages.append(_Stage(name, block, chosen))
-    if not any(stage.linears for stage in stages):
-        raise ValueError(
-            f"include must match linear layers of the decoder, got {tuple(include)} without {tuple(exclude)}"
-        )
-    if lm_head:
-        head = model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
-            raise ValueError(f"lm_head must be a linear layer to be quantised, got {type(head).__name__}")
-        name = names[id(head)]
-        if model.config.get_text_config().tie_word_embeddings:
-            head.weight = nn.Parameter(head.weight.detach().clone(), False)
-        stages.append(_Stage(name, None, {name: head}))
-    return stages
-
-
-def find_blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder's list of blocks: the longest ModuleList whose members are alike and hold linear layers.
-
-    Raises:
-        ValueError: there is none.
-    """
-    lists = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList)
-        and len({type(block) for block in module}) == 1
-        and any(isinstance(m, nn.Linear) for m in module[0].modules())
-    ]
-    if not lists:
-        raise ValueError(f"model must have a list of decoder blocks with linear layers, got {type(model).__name__}")
-    return max(lists, key=len)
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"*.{p}") for p in patterns)
-
-
-def _left_dense(model: nn.Module, stages: Sequence[_Stage]) -> tuple[str, ...]:
-    """Names of the linear layers that no stage quantises."""
-    chosen = {name for stage in stages for name in stage.linears}
-    return tuple(n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in chosen)
-
-
 def _quantize_stage(
-    stage: _Stage,
+    stage: Stage,
     number: int,
-    runner: _BlockRunner | None,
+    runner: BlockRunner | None,
     method: Method,
     partial: _Partial,
     device: torch.device,
@@ -259,7 +197,7 @@ def _quantize_stage(
     if missing:
         raise ValueError(f"include must match layers that the calibration text reaches, got {missing[0]}, never called")
     for turn, (leader, group) in enumerate(groups.items()):
-        mine = turn % _world() == _rank()
+        mine = turn % world() == rank()
         hessian = hooks.hessian(leader) if runner is not None and mine else None
         for name in group:
             if mine:
@@ -275,61 +213,9 @@ def _quantize_stage(
         report.errors[name] = result.errors
         if result.damping > method.damping:
             report.damping[name] = result.damping
-    if _rank() == 0:
+    if rank() == 0:
         partial.save(number, stage.results)
     report.seconds["solve"] += clock.lap()
-
-
-class _BlockRunner:
-    """Carries the calibration activations through the model, stage by stage."""
-
-    def __init__(
-        self, model: PreTrainedModel, stages: Sequence[_Stage], tokens: Tensor, batch_size: int, device: torch.device
-    ) -> None:
-        self._model, self._device = model, device
-        self._hidden: list[Tensor] = []
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        batches = list(tokens.split(batch_size))
-        if len(batches) < _world():
-            raise ValueError(f"samples must give every one of {_world()} processes a batch, got {len(batches)} batches")
-        first = stages[0].block
-        assert first is not None
-        handle = first.register_forward_pre_hook(self._catch, with_kwargs=True)
-        for batch in batches[_rank() :: _world()]:
-            with contextlib.suppress(_CaughtInputs):
-                model(input_ids=batch, use_cache=False)
-        handle.remove()
-
-    def _catch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-        self._hidden.append(hidden)
-        self._calls.append((_move(args[1:], self._device), _move(kwargs, self._device)))
-        raise _CaughtInputs
-
-    def run(self, stage: _Stage) -> None:
-        """Run one stage over all batches; what comes out of a block goes into the next."""
-        if stage.block is None:
-            return self._run_head()
-        block = stage.block.to(self._device)
-        for i, (args, kwargs) in enumerate(self._calls):
-            output = block(self._hidden[i].to(self._device), *args, **kwargs)
-            self._hidden[i] = (output[0] if isinstance(output, tuple) else output).to("cpu")
-        block.to("cpu")
-
-    def _run_head(self) -> None:
-        """The output layer sees what the model does after its last block: run it with no blocks at all."""
-        blocks = find_blocks(self._model)
-        kept = list(blocks)
-        del blocks[:]
-        try:
-            for hidden in self._hidden:
-                self._model(inputs_embeds=hidden, use_cache=False)
-        finally:
-            blocks.extend(kept)
-
-
-class _CaughtInputs(Exception):
-    """Ends a forward pass at the first block."""
 
 
 class _Partial:
@@ -346,12 +232,12 @@ class _Partial:
                     f"out must not have an unfinished run with other arguments: {self.folder} differs in "
                     f"{', '.join(changed)}; remove it or choose another folder"
                 )
-        _barrier()
-        if _rank() == 0 and not written.exists():
+        barrier()
+        if rank() == 0 and not written.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             write_json(written, arguments)
-        _barrier()
+        barrier()
 
     def _path(self, number: int) -> Path:
         return self.folder / f"stage-{number:04}.safetensors"
@@ -379,10 +265,10 @@ def _to_cpu(result: QuantizedWeight) -> QuantizedWeight:
     return dataclasses.replace(moved, errors=result.errors, damping=result.damping)
 
 
-def _share(stage: _Stage, groups: list[list[str]]) -> None:
+def _share(stage: Stage, groups: list[list[str]]) -> None:
     """Give every rank the layers that each has quantised, in the model's order."""
-    if _world() > 1:
-        gathered: list[Any] = [None] * _world()
+    if world() > 1:
+        gathered: list[Any] = [None] * world()
         dist.all_gather_object(gathered, stage.results)
         stage.results = {name: result for part in gathered for name, result in part.items()}
     stage.results = {name: stage.results[name] for name in stage.linears}
@@ -397,27 +283,3 @@ class _Clock:
     def lap(self) -> float:
         start, self._start = self._start, time.perf_counter()
         return self._start - start
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    """``value`` with every tensor in it on ``device``."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_move(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: _move(item, device) for key, item in value.items()}
-    return value
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -1,0 +1,142 @@
+"""The parts of a model that are calibrated one after the other, and the activations that go through them."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .distributed import rank, world
+from .gptq import QuantizedWeight
+
+
+@dataclass
+class Stage:
+    """Linear layers that are calibrated in one pass: those of a decoder block, or the output layer."""
+
+    name: str
+    block: nn.Module | None
+    linears: dict[str, nn.Linear]
+    results: dict[str, QuantizedWeight] = field(default_factory=dict)
+
+
+def find_stages(model: PreTrainedModel, include: Sequence[str], exclude: Sequence[str], lm_head: bool) -> list[Stage]:
+    """The decoder's blocks, with the linear layers that the patterns choose, and the output layer on request."""
+    blocks = find_blocks(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    stages = []
+    for block in blocks:
+        name = names[id(block)]
+        linears = {f"{name}.{n}": m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        chosen = {n: m for n, m in linears.items() if _matches(n, include) and not _matches(n, exclude)}
+        stages.append(Stage(name, block, chosen))
+    if not any(stage.linears for stage in stages):
+        raise ValueError(
+            f"include must match linear layers of the decoder, got {tuple(include)} without {tuple(exclude)}"
+        )
+    if lm_head:
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise ValueError(f"lm_head must be a linear layer to be quantised, got {type(head).__name__}")
+        name = names[id(head)]
+        if model.config.get_text_config().tie_word_embeddings:
+            head.weight = nn.Parameter(head.weight.detach().clone(), False)
+        stages.append(Stage(name, None, {name: head}))
+    return stages
+
+
+def find_blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder's list of blocks: the longest ModuleList whose members are alike and hold linear layers.
+
+    Raises:
+        ValueError: there is none.
+    """
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        and len({type(block) for block in module}) == 1
+        and any(isinstance(m, nn.Linear) for m in module[0].modules())
+    ]
+    if not lists:
+        raise ValueError(f"model must have a list of decoder blocks with linear layers, got {type(model).__name__}")
+    return max(lists, key=len)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"*.{p}") for p in patterns)
+
+
+def left_dense(model: nn.Module, stages: Sequence[Stage]) -> tuple[str, ...]:
+    """Names of the linear layers that no stage quantises."""
+    chosen = {name for stage in stages for name in stage.linears}
+    return tuple(n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in chosen)
+
+
+class BlockRunner:
+    """Carries the calibration activations through the model, stage by stage."""
+
+    def __init__(
+        self, model: PreTrainedModel, stages: Sequence[Stage], tokens: Tensor, batch_size: int, device: torch.device
+    ) -> None:
+        self._model, self._device = model, device
+        self._hidden: list[Tensor] = []
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        batches = list(tokens.split(batch_size))
+        if len(batches) < world():
+            raise ValueError(f"samples must give every one of {world()} processes a batch, got {len(batches)} batches")
+        first = stages[0].block
+        assert first is not None
+        handle = first.register_forward_pre_hook(self._catch, with_kwargs=True)
+        for batch in batches[rank() :: world()]:
+            with contextlib.suppress(_CaughtInputs):
+                model(input_ids=batch, use_cache=False)
+        handle.remove()
+
+    def _catch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
+        self._hidden.append(hidden)
+        self._calls.append((_move(args[1:], self._device), _move(kwargs, self._device)))
+        raise _CaughtInputs
+
+    def run(self, stage: Stage) -> None:
+        """Run one stage over all batches; what comes out of a block goes into the next."""
+        if stage.block is None:
+            return self._run_head()
+        block = stage.block.to(self._device)
+        for i, (args, kwargs) in enumerate(self._calls):
+            output = block(self._hidden[i].to(self._device), *args, **kwargs)
+            self._hidden[i] = (output[0] if isinstance(output, tuple) else output).to("cpu")
+        block.to("cpu")
+
+    def _run_head(self) -> None:
+        """The output layer sees what the model does after its last block: run it with no blocks at all."""
+        blocks = find_blocks(self._model)
+        kept = list(blocks)
+        del blocks[:]
+        try:
+            for hidden in self._hidden:
+                self._model(inputs_embeds=hidden, use_cache=False)
+        finally:
+            blocks.extend(kept)
+
+
+class _CaughtInputs(Exception):
+    """Ends a forward pass at the first block."""
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    """``value`` with every tensor in it on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_move(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _move(item, device) for key, item in value.items()}
+    return value
