@@ -38,10 +38,17 @@ def methods() -> dict[str, tuple[matgptq.Method, tuple[int, ...]]]:
         )
 
     every = (8, 6, 4, 3, 2)
+    own = (6, 4, 3, 2)
     found: dict[str, tuple[matgptq.Method, tuple[int, ...]]] = {
         "round to nearest, sliced": (matgptq.Method(group_size=GROUP, feedback=False), every),
+        "round to nearest, sliced, scales of their own": (
+            matgptq.Method(group_size=GROUP, feedback=False, own_scales=own),
+            every,
+        ),
         "MatGPTQ": (matgptq.Method(group_size=GROUP), every),
-        "MatGPTQ, asymmetric": (matgptq.Method(group_size=GROUP, sym=False), every),
+        "MatGPTQ, lambda 1 1 1": (matgptq.Method(group_size=GROUP, lambdas=(1.0, 1.0, 1.0)), (8, 4, 3)),
+        "MatGPTQ, shared scales only": (matgptq.Method(group_size=GROUP, own_scales=()), (8, 4, 3)),
+        "MatGPTQ, asymmetric": (matgptq.Method(group_size=GROUP, sym=False), (8, 4, 3)),
     }
     for bits in (4, 3):
         found[f"GPTQ, {bits} bits"] = (one(bits, damping=0.01), (bits,))
