@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, Qwen2C
 
 import matgptq
 from matgptq.quantizer import pipeline
+from matgptq.quantizer.hessian import HessianHooks
 from matgptq.quantizer.pipeline import quantize
-from matgptq.quantizer.stages import find_blocks
+from matgptq.quantizer.stages import BlockRunner, find_blocks, find_stages
 
 METHOD = matgptq.Method(group_size=16)
 TOKENS = {"samples": 4, "sequence_length": 32, "progress": False}
@@ -33,6 +34,34 @@ def save(model, folder):
     model.half().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def qwen2():
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=300,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def opt():
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=300,
+            hidden_size=64,
+            ffn_dim=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            word_embed_proj_dim=64,
+        )
+    )
 
 
 def test_every_linear_layer_of_the_blocks_is_quantised(tiny_folder, text_file, tmp_path):
@@ -130,40 +159,36 @@ def test_the_output_layer_on_request_unties_the_embeddings(tiny_folder, text_fil
     assert torch.equal(model.model.embed_tokens.weight, dense.model.embed_tokens.weight)
 
 
+@pytest.mark.parametrize("build", [lambda: tiny_model(tie_word_embeddings=False), opt], ids=["llama", "opt"])
+def test_the_output_layer_is_calibrated_on_what_reaches_it(build, tmp_path):
+    torch.manual_seed(0)
+    model = build().eval()
+    tokens = torch.randint(3, 300, (6, 16))
+    head = model.get_output_embeddings()
+    seen = []
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    model(tokens)
+    handle.remove()
+    (x,) = (part.flatten(0, 1) for part in seen)
+    stages = find_stages(model, ["*"], [], lm_head=True)
+    names = [name for name, _ in model.named_modules()]
+    with torch.no_grad():
+        runner = BlockRunner(model, stages, tokens, 2, torch.device("cpu"))
+        for stage in stages[:-1]:
+            runner.run(stage)
+        with HessianHooks(stages[-1].linears) as hooks:
+            runner.run(stages[-1])
+    (name,) = stages[-1].linears
+    torch.testing.assert_close(hooks.hessian(name), 2 / len(x) * x.T @ x, rtol=1e-4, atol=1e-5)
+    assert [n for n, _ in model.named_modules()] == names
+
+
 def test_patterns_choose_layers(tiny_folder, text_file, tmp_path):
     run(tiny_folder, tmp_path / "out", text_file, include=["*.mlp.*", "q_proj"], exclude=["down_proj"])
     model = matgptq.load(tmp_path / "out")
     names = {name.rpartition(".")[2] for name in matgptq.quantized_layers(model)}
     assert names == {"gate_proj", "up_proj", "q_proj"}
     assert isinstance(model.model.layers[0].mlp.down_proj, nn.Linear)
-
-
-def qwen2():
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=300,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=False,
-        )
-    )
-
-
-def opt():
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=300,
-            hidden_size=64,
-            ffn_dim=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=128,
-            word_embed_proj_dim=64,
-        )
-    )
 
 
 @pytest.mark.parametrize("build", [qwen2, opt])

@@ -91,10 +91,11 @@ class BlockRunner:
         batches = list(tokens.split(batch_size))
         if len(batches) < world():
             raise ValueError(f"samples must give every one of {world()} processes a batch, got {len(batches)} batches")
+        self._batches = batches[rank() :: world()]
         first = stages[0].block
         assert first is not None
         handle = first.register_forward_pre_hook(self._catch, with_kwargs=True)
-        for batch in batches[rank() :: world()]:
+        for batch in self._batches:
             with contextlib.suppress(_CaughtInputs):
                 model(input_ids=batch, use_cache=False)
         handle.remove()
@@ -108,27 +109,46 @@ class BlockRunner:
     def run(self, stage: Stage) -> None:
         """Run one stage over all batches; what comes out of a block goes into the next."""
         if stage.block is None:
-            return self._run_head()
+            (head,) = stage.linears.values()
+            return self._run_head(head)
         block = stage.block.to(self._device)
         for i, (args, kwargs) in enumerate(self._calls):
             output = block(self._hidden[i].to(self._device), *args, **kwargs)
-            self._hidden[i] = (output[0] if isinstance(output, tuple) else output).to("cpu")
+            self._is_tuple = isinstance(output, tuple)
+            self._hidden[i] = (output[0] if self._is_tuple else output).to("cpu")
         block.to("cpu")
 
-    def _run_head(self) -> None:
-        """The output layer sees what the model does after its last block: run it with no blocks at all."""
+    def _run_head(self, head: nn.Linear) -> None:
+        """Run what comes after the last block, up to the input of ``head``.
+
+        The model itself does it, with its last block alone, which gives what the blocks gave and computes nothing.
+        """
         blocks = find_blocks(self._model)
-        kept = list(blocks)
-        del blocks[:]
+        others = list(blocks)[:-1]
+        del blocks[:-1]
+        (last,) = blocks
+        handle = head.register_forward_pre_hook(_stop)  # the last of its hooks: its input has been seen
+        self._model.to(self._device)
         try:
-            for hidden in self._hidden:
-                self._model(inputs_embeds=hidden, use_cache=False)
+            for batch, hidden in zip(self._batches, self._hidden, strict=True):
+                output = hidden.to(self._device)
+                last.forward = lambda *_, output=output, **__: (output,) if self._is_tuple else output
+                with contextlib.suppress(_CaughtInputs):
+                    self._model(input_ids=batch.to(self._device), use_cache=False)
         finally:
-            blocks.extend(kept)
+            del last.forward
+            handle.remove()
+            self._model.to("cpu")
+            for i, block in enumerate(others):
+                blocks.insert(i, block)
+
+
+def _stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+    raise _CaughtInputs
 
 
 class _CaughtInputs(Exception):
-    """Ends a forward pass at the first block."""
+    """Ends a forward pass where its rest is of no use."""
 
 
 def _move(value: Any, device: torch.device) -> Any:
