@@ -17,8 +17,8 @@ from .slicing import MIN_BITS, check_bits, check_rule, group_count, level_terms
 PIECE = 1 << 18  # weights decoded at a time: 1 MiB of float32, within a core's L2
 ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
 
-_library = torch.library.Library("matgptq", "DEF")
-_library.define(
+library = torch.library.Library("matgptq", "DEF")
+library.define(
     "linear(Tensor x, Tensor qweight, Tensor scales, Tensor? zeros, Tensor? bias, int bits, int group_size, "
     'str rule="round", int master_bits=8) -> Tensor',
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -122,7 +122,7 @@ def unservable(bits: int, stored_bits: int, rule: str) -> str:
 
 
 @torch.no_grad()  # inference only: torch warns at a backward pass through an op without one
-def _linear(
+def linear_by_pieces(
     x: Tensor,
     qweight: Tensor,
     scales: Tensor,
@@ -133,6 +133,7 @@ def _linear(
     rule: str = "round",
     master_bits: int = 8,
 ) -> Tensor:
+    """`linear` in plain torch, a piece of the rows at a time."""
     out_features = _check(x, qweight, scales, zeros, bias, bits, group_size, rule, master_bits)
     in_features = x.shape[-1]
     tokens = x.reshape(-1, in_features).float()
@@ -170,5 +171,5 @@ def _linear_fake(
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-_library.impl("linear", _linear, "CompositeExplicitAutograd")
-torch.library.register_fake("matgptq::linear", _linear_fake, lib=_library)
+library.impl("linear", linear_by_pieces, "CompositeExplicitAutograd")
+torch.library.register_fake("matgptq::linear", _linear_fake, lib=library)

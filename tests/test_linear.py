@@ -127,7 +127,7 @@ def test_no_float_copy_of_a_large_weight_is_made(storage):
 
     with Largest() as largest:
         # the mode sees what the kernel of the op calls, not the op as one call
-        matgptq.ops._linear(torch.randn(1, columns), weight, scales, None, None, 4, -1)
+        matgptq.ops.linear_by_pieces(torch.randn(1, columns), weight, scales, None, None, 4, -1)
     assert largest.floats == matgptq.ops.PIECE  # the pieces were seen, and nothing larger
     assert largest.bytes == 4 * matgptq.ops.PIECE  # integers included: unpacked slices are no larger
 

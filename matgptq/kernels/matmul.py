@@ -1,0 +1,150 @@
+"""y = x W^T + bias on CUDA, W packed by ``packing.pack_codes``."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from . import nvrtc
+from .launch import Launcher
+from .packing import TILE
+from .tiles import Problem, can_implement, choose, defines
+
+_MANY_TOKENS = 65  # from here on the tile does not depend on M
+_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_MANY_OPERANDS = 4096  # checked addresses that are remembered: more than a model has layers
+_launchers: dict[tuple[Any, ...], Launcher] = {}
+
+
+def matmul(
+    x: torch.Tensor,
+    planes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+    rule: str = "round",
+    resident: bool = False,
+) -> torch.Tensor:
+    """``y = x W^T + bias`` with ``W = scale * (level - zero)``, level the ``bits``-bit slice's.
+
+    Args:
+        x: (..., in_features), float16 or bfloat16.
+        planes: int32 (ceil(N/64), ceil(K/64), bits or 8, 32, 4), ``pack_codes`` of the slices, or of the 8-bit codes
+            where ``resident``.
+        scales: ``pack_scales`` of (out_features, in_features / group_size), x's dtype.
+        zeros: None for 128, or ``pack_scales`` of float32 zeros; in units of 8-bit codes, may be fractional.
+        bias: (out_features,), x's dtype, or None.
+        group_size: a multiple of 16 that divides in_features, or -1 for one group a row.
+        rule: "round" or "prefix". A resident "round" slice reads one plane more than ``bits`` (not at 8).
+
+    Runs on the current stream without synchronising. Weights, scales, zeros and bias must not be written by the kernel
+    that was launched just before: it may still run.
+
+    Raises ValueError for arguments that break these rules.
+    """
+    index, M = x.get_device(), x.numel() // in_features
+    key = (
+        min(M, _MANY_TOKENS),
+        out_features,
+        in_features,
+        bits,
+        x.dtype,
+        group_size,
+        rule,
+        resident,
+        zeros is not None,
+        index,
+    )
+    launcher = _launchers.get(key)
+    if launcher is None:
+        launcher = _launchers[key] = _launcher(*key)
+    # Addresses that have been checked are not checked again: a call costs a few microseconds in all.
+    operands = (
+        planes.data_ptr(),
+        scales.data_ptr(),
+        0 if zeros is None else zeros.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+    )
+    if operands not in launcher.checked:
+        _check_operands(x, planes, scales, zeros, bias, launcher.problem)
+        if len(launcher.checked) >= _MANY_OPERANDS:
+            launcher.checked.clear()
+        launcher.checked.add(operands)
+    shape = x.shape
+    if shape[-1] != in_features:
+        raise ValueError(f"x must have in_features {in_features} columns, got shape {tuple(shape)}")
+    if not x.is_contiguous() or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    y = x.new_empty((*shape[:-1], out_features))
+    if M:
+        launcher(torch._C._cuda_getCurrentRawStream(index), M, x.data_ptr(), *operands, y.data_ptr())
+    return y
+
+
+def warmup(problems: Iterable[Problem], device: torch.device | str | int = "cuda") -> None:
+    """Compiles (in parallel) and loads what problems need: before a CUDA graph is captured, or a first token is due."""
+    device = torch.device(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    problems = list(problems)
+    variants = {(tuple(defines(p, choose(p)).items()), f"sm_{p.sm}") for p in problems}
+    nvrtc.load_cubins((dict(macros), arch) for macros, arch in sorted(variants))
+    names = {name: dtype for dtype, name in _DTYPES.items()}
+    for p in problems:
+        M = min(max(p.M, 1), _MANY_TOKENS)
+        key = (M, p.N, p.K, p.bits, names[p.dtype], p.group_size, p.rule, p.resident, p.zeros, index)
+        if key not in _launchers:
+            _launchers[key] = _launcher(*key)
+
+
+def _launcher(
+    M: int,
+    N: int,
+    K: int,
+    bits: int,
+    dtype: torch.dtype,
+    group_size: int,
+    rule: str,
+    resident: bool,
+    zeros: bool,
+    index: int,
+) -> Launcher:
+    if index < 0:
+        raise ValueError("x must be on a CUDA device, got the CPU")
+    major, minor = torch.cuda.get_device_capability(index)
+    name = _DTYPES.get(dtype, str(dtype))
+    problem = Problem(max(M, 1), N, K, bits, name, group_size, resident, rule, zeros, 10 * major + minor)
+    able, reason = can_implement(problem)
+    if not able:
+        raise ValueError(reason)
+    return Launcher(problem, choose(problem), index)
+
+
+def _check_operands(
+    x: torch.Tensor,
+    planes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    p: Problem,
+) -> None:
+    """Raises what is wrong with the operands of a call, if anything."""
+    shape = (p.row_tiles, p.groups, TILE)
+    for name, tensor, dtype, wanted in (
+        ("planes", planes, torch.int32, (p.row_tiles, p.k_tiles, p.stored, 32, 4)),
+        ("scales", scales, x.dtype, shape),
+        ("zeros", zeros, torch.float32, shape),
+        ("bias", bias, x.dtype, (p.N,)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype or tuple(tensor.shape) != wanted:
+            raise ValueError(f"{name} must be {dtype} {wanted}, got {tensor.dtype} {tuple(tensor.shape)}")
+        if tensor.get_device() != x.get_device() or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous and on {x.device}, got {tensor.device}, strides {tensor.stride()}"
+            )

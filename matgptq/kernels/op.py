@@ -1,0 +1,123 @@
+"""``torch.ops.matgptq.packed_linear``: the layer in the kernels' layout, by the kernels or, on a CPU, by unpacking."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops import library, linear_by_pieces
+from ..slicing import MAX_BITS
+from .matmul import matmul
+from .packing import unpack, unpack_scales
+
+library.define(
+    "packed_linear(Tensor x, Tensor planes, Tensor scales, Tensor? zeros, Tensor? bias, int in_features, "
+    "int out_features, int bits, int group_size, str rule, bool resident) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def packed_linear(
+    x: Tensor,
+    planes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    in_features: int,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    rule: str = "round",
+    resident: bool = False,
+) -> Tensor:
+    """`linear` with weights, scales and zeros in the kernels' layout (`matgptq.kernels.packing`).
+
+    Args:
+        x: float16 or bfloat16 ``(..., in_features)``.
+        planes: int32, `pack_codes` of the ``bits``-wide slices; of 8-bit codes where ``resident``.
+        scales: `pack_scales` of scales in the type of ``x``.
+        zeros: `pack_scales` of float32 zeros, in units of 8-bit codes; None for 128.
+        bias: ``(out_features,)`` in the type of ``x``.
+        in_features, out_features: size of the weight, before padding.
+        bits: served width, 2 to 8.
+        group_size: weights along in_features that share a scale, -1 for one group a row.
+        rule: slicing rule.
+        resident: all eight planes are there, and the slice is taken here.
+
+    Returns:
+        ``(..., out_features)`` in the type of ``x``; sums are float32.
+
+    Raises:
+        TypeError, ValueError: a type, shape, width, group size or rule does not fit.
+    """
+    return torch.ops.matgptq.packed_linear(
+        x, planes, scales, zeros, bias, in_features, out_features, bits, group_size, rule, resident
+    )
+
+
+def _packed_linear_cpu(
+    x: Tensor,
+    planes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    rule: str,
+    resident: bool,
+) -> Tensor:
+    """By way of the stored layout: for tests, and for a packed model on a machine without a GPU."""
+    codes = unpack(planes, out_features, in_features)
+    if not resident:
+        codes <<= MAX_BITS - bits
+    unit_zeros = None if zeros is None else unpack_scales(zeros, out_features)
+    return linear_by_pieces(x, codes, unpack_scales(scales, out_features), unit_zeros, bias, bits, group_size, rule)
+
+
+def _packed_linear_cuda(
+    x: Tensor,
+    planes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    rule: str,
+    resident: bool,
+) -> Tensor:
+    return matmul(
+        x,
+        planes,
+        scales,
+        zeros,
+        bias,
+        bits=bits,
+        group_size=group_size,
+        in_features=in_features,
+        out_features=out_features,
+        rule=rule,
+        resident=resident,
+    )
+
+
+def _packed_linear_fake(
+    x: Tensor,
+    planes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    *rest: int | str | bool,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+library.impl("packed_linear", _packed_linear_cpu, "CPU")
+library.impl("packed_linear", _packed_linear_cuda, "CUDA")
+torch.library.register_fake("matgptq::packed_linear", _packed_linear_fake, lib=library)

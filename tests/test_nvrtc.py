@@ -1,0 +1,81 @@
+"""Every variant compiles for every architecture, without spilling registers. Needs NVRTC, no GPU."""
+
+import itertools
+import multiprocessing
+import os
+
+import pytest
+
+from matgptq.kernels import nvrtc
+from matgptq.kernels.tiles import Problem, choose, defines
+
+SHAPES = [(2048, 2048), (8192, 8192), (28672, 4096), (16384, 16384)]
+# All shapes where the tiles were measured, one elsewhere: about 1000 variants at 0.2 s each.
+ARCHITECTURES = {
+    "sm_80": (80, SHAPES[1:2]),
+    "sm_86": (86, SHAPES[1:2]),
+    "sm_89": (89, SHAPES[1:2]),
+    "sm_90a": (90, SHAPES),
+}
+KINDS = [
+    {},
+    {"resident": True},
+    {"resident": True, "rule": "prefix"},
+    {"zeros": True},
+    {"group_size": 16, "zeros": True},
+]
+NO_SPILLS = ", 0 bytes spill stores, 0 bytes spill loads"
+
+
+@pytest.fixture(autouse=True)
+def _needs_nvrtc():
+    try:
+        nvrtc._nvrtc()
+    except nvrtc.CompileError as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must have NVRTC: {error}")
+        pytest.skip(str(error))
+
+
+def compiler_log(variant):
+    macros, arch = variant
+    return nvrtc.compile_cubin(dict(macros), arch)[1]
+
+
+@pytest.fixture(scope="module")
+def compilers():
+    """Processes, as NVRTC compiles one program at a time in each."""
+    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count() or 1, 16)) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_variants_compile_without_spills(arch, compilers):
+    sm, shapes = ARCHITECTURES[arch]
+    variants = {}
+    for bits, M, (N, K), dtype, kind in itertools.product(
+        range(2, 9), (1, 16, 64), shapes, ("float16", "bfloat16"), KINDS
+    ):
+        problem = Problem(M, N, K, bits, dtype, sm=sm, **kind)
+        variants.setdefault((tuple(defines(problem, choose(problem)).items()), arch), problem)
+    logs = compilers.imap(compiler_log, variants, chunksize=4)
+    spilled = [(problem, log) for problem, log in zip(variants.values(), logs, strict=True) if NO_SPILLS not in log]
+    assert not spilled, "\n".join([f"NVRTC {nvrtc._version()}", *(f"{problem}\n{log}" for problem, log in spilled)])
+
+
+def test_cache_is_shared_and_survives(tmp_path, monkeypatch):
+    monkeypatch.setenv("MATGPTQ_CACHE", str(tmp_path))
+    nvrtc._cache_folder.cache_clear()
+    try:
+        variants = [(defines(p, choose(p)), "sm_90") for p in (Problem(1, 64, 128, 2), Problem(1, 64, 128, 3))]
+        first = nvrtc.load_cubins(variants)
+        assert len(list(tmp_path.glob("*.cubin"))) == 2
+        monkeypatch.setattr(nvrtc, "compile_cubin", None)
+        assert nvrtc.load_cubins(variants) == first
+    finally:
+        nvrtc._cache_folder.cache_clear()
+
+
+def test_errors_carry_the_log():
+    with pytest.raises(nvrtc.CompileError, match="FORMAT"):
+        nvrtc.compile_cubin({"FORMAT": "Nothing"}, "sm_90")
