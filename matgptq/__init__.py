@@ -19,6 +19,7 @@ from .config import QuantConfig
 from .folder import slice_folder
 from .linear import MatGPTQLinear, quantized_layers, set_bits
 from .ops import linear
+from .packed import PackedLinear, pack, warmup
 from .slicing import code_levels, dequantize, slice_codes
 
 if TYPE_CHECKING:
@@ -34,17 +35,20 @@ __all__ = [
     "MatGPTQConfig",
     "MatGPTQLinear",
     "Method",
+    "PackedLinear",
     "QuantConfig",
     "code_levels",
     "convert",
     "dequantize",
     "linear",
     "load",
+    "pack",
     "quantize",
     "quantized_layers",
     "set_bits",
     "slice_codes",
     "slice_folder",
+    "warmup",
 ]
 
 _NEEDS_TRANSFORMERS = {

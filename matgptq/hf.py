@@ -30,6 +30,7 @@ from .checkpoint import (
 )
 from .config import PUBLISHED_METHOD, QUANT_METHOD, QuantConfig
 from .linear import quantized_layers, set_bits
+from .packed import pack
 
 logger = logging.getLogger(__name__)
 
@@ -214,6 +215,7 @@ def load(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
+    resident: bool = True,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a quantised causal language model, ready for inference.
@@ -222,7 +224,8 @@ def load(
         model: a folder, or the name of a repository on the Hugging Face hub.
         bits: one width, or a map from layer name or shell-style pattern to width; None for the folder's own.
         dtype: type of activations and of what is not quantised; ``"auto"`` for the folder's own.
-        device: where to put the model; the CPU where None.
+        device: where to put the model; the CPU where None. On a GPU its layers are packed (`matgptq.pack`).
+        resident: on a GPU, hold all bits, so that `set_bits` works, or each layer's width alone.
         **kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
@@ -248,4 +251,9 @@ def load(
         set_bits(loaded, bits)
     if device is not None:
         loaded.to(device)
+    if loaded.device.type == "cuda":
+        if loaded.dtype in (torch.float16, torch.bfloat16):
+            pack(loaded, resident=resident)
+        else:
+            logger.warning("the kernels compute in float16 and bfloat16: with %s the plain op is used", loaded.dtype)
     return loaded.eval()

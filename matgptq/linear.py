@@ -108,9 +108,9 @@ class MatGPTQLinear(nn.Module):
     @bits.setter
     def bits(self, bits: int) -> None:
         check_bits(bits, where=self.name)
-        if not servable(bits, self.stored_bits, self.rule, self.master_bits):
+        if bits not in self.widths:
             at = f" ({self.name})" if self.name else ""
-            raise ValueError(unservable(bits, self.stored_bits, self.rule) + at)
+            raise ValueError(unservable(bits, max(self.widths), self.rule) + at)
         self._bits = bits
 
     @property

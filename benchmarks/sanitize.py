@@ -1,0 +1,41 @@
+"""A few calls of the kernels for compute-sanitizer: every way of holding weights, ragged sizes, many tokens.
+
+    PYTHONPATH=. compute-sanitizer --tool memcheck --report-api-errors no python benchmarks/sanitize.py
+
+Exits with 1 if a result is wrong, and with 2 if there is no CUDA GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from gpu_check import Checks, Layer, tokens
+
+CASES = [  # bits, M, N, K, group_size, zeros, resident
+    (2, 1, 4096, 1024, 128, False, False),
+    (4, 5, 200, 528, 16, True, True),
+    (3, 16, 320, 1024, 64, False, True),
+    (8, 40, 192, 576, 32, True, False),
+    (4, 130, 100, 208, 16, False, False),
+    (7, 8, 128, 4096, -1, False, True),
+]
+
+
+def main() -> None:
+    """Run the cases and compare them with float64."""
+    if not torch.cuda.is_available():
+        print("sanitize.py needs a CUDA GPU, and torch finds none", file=sys.stderr)
+        sys.exit(2)
+    checks = Checks()
+    for bits, M, N, K, group_size, zeros, resident in CASES:
+        layer = Layer(N, K, bits, "float16", group_size, "round", resident, zeros, bias=True)
+        checks.close(layer, tokens(M, K, "float16"), f"{bits=} {M=} {N}x{K}")
+    checks.close(Layer(256, 1024, 5, "bfloat16"), tokens(9, 1024, "bfloat16"), "bfloat16")
+    torch.cuda.synchronize()
+    print(f"{checks.run} checks, {len(checks.failures)} failures")
+    sys.exit(bool(checks.failures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Time of one quantised linear layer against ``torch.nn.functional.linear``, verified first.
+
+Weights rotate: as many layers as fill `ROTATION_BYTES` take turns, so that they come from memory and not from a cache.
+On a GPU the calls are replayed from a CUDA graph and timed by events; elsewhere they are timed one by one.
+
+The floor is what no kernel can beat: the bytes that must move at the card's copy rate, or the products at the rate its
+library reaches, whichever takes longer:
+
+    floor = max((N K (planes / 8 + 2 / g) + 2 M (N + K)) / bandwidth,  2 M N K / rate)
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .kernels.matmul import warmup as compile_and_load
+from .kernels.tiles import Problem
+from .linear import MatGPTQLinear
+from .packed import PackedLinear
+from .slicing import dequantize
+
+ROTATION_BYTES = 240 << 20
+REPLAYS = 7
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# bytes a second of a large copy, and operations a second of cuBLAS on random data, both measured 2026-11-22
+CEILINGS = {"NVIDIA H200": (4.27e12, 6.6e14)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point: ``M`` tokens, ``N`` out_features, ``K`` in_features, served at ``bits``."""
+
+    M: int
+    N: int
+    K: int
+    bits: int
+    dtype: str = "float16"
+    group_size: int = 128
+    mode: str = "packed"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """``dtype`` as torch names it."""
+        return getattr(torch, self.dtype)
+
+
+def prepare(cases: Iterable[Case], device: torch.device) -> None:
+    """Compile and load, in parallel, the kernels that ``cases`` need. Nothing to do on a CPU."""
+    if device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    problems = {
+        Problem(c.M, c.N, c.K, c.bits, c.dtype, c.group_size, c.mode == "resident", sm=10 * major + minor)
+        for c in cases
+    }
+    compile_and_load(problems, device)
+
+
+def random_layer(case: Case, device: torch.device, seed: int = 0) -> tuple[MatGPTQLinear, PackedLinear]:
+    """A layer with random codes and scales, as it is stored and as the kernels read it."""
+    generator = torch.Generator(device).manual_seed(seed)
+    stored = MatGPTQLinear(
+        case.K, case.N, bits=case.bits, group_size=case.group_size, dtype=case.torch_dtype, device=device
+    )
+    stored.qweight.random_(generator=generator)
+    stored.scales.uniform_(0.002, 0.012, generator=generator)
+    return stored, PackedLinear(stored, dtype=case.torch_dtype, resident=case.mode == "resident")
+
+
+def verify(case: Case, stored: MatGPTQLinear, packed: PackedLinear) -> float:
+    """Relative error of ``packed`` against float64 over the dequantised weights.
+
+    Raises:
+        ArithmeticError: it is more than `TOLERANCE`: what is wrong is not worth timing.
+    """
+    x = torch.randn(case.M, case.K, device=packed.planes.device, dtype=case.torch_dtype)
+    poison = torch.full((case.M, case.N), float("nan"), device=x.device, dtype=x.dtype)
+    del poison  # the memory that the output is likely to be given
+    y = packed(x).double()
+    want = torch.empty_like(y)
+    rows = max(1, (1 << 24) // case.K)  # float64 weights a piece at a time
+    for start in range(0, case.N, rows):
+        piece = slice(start, start + rows)
+        codes, scales = stored.qweight[piece], stored.scales[piece]
+        weight = dequantize(codes, scales, bits=case.bits, group_size=case.group_size)
+        want[:, piece] = x.double() @ weight.double().t()
+    error = ((y - want).norm() / want.norm()).item()
+    if not error <= TOLERANCE[case.torch_dtype]:
+        raise ArithmeticError(f"relative error must be at most {TOLERANCE[case.torch_dtype]}, got {error:.2e} ({case})")
+    return error
+
+
+def floor_us(case: Case, device_name: str) -> float | None:
+    """The floor at the top of this module in microseconds; None for a GPU whose ceilings were not measured."""
+    if device_name not in CEILINGS:
+        return None
+    bandwidth, rate = CEILINGS[device_name]
+    planes = case.bits + (case.mode == "resident" and case.bits < 8)  # the rule `round` reads the next bit too
+    group = case.K if case.group_size == -1 else case.group_size
+    moved = case.N * case.K * (planes / 8 + 2 / group) + 2 * case.M * (case.N + case.K)
+    return max(moved / bandwidth, 2 * case.M * case.N * case.K / rate) * 1e6
+
+
+Calls = Sequence[Callable[[], Tensor]]
+
+
+def time_calls(calls: Calls, device: torch.device, cuda_graph: bool = True) -> dict[str, float]:
+    """Microseconds a call where ``calls`` run one after the other: median, least and most of `REPLAYS` rounds."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    run()
+    if device.type == "cuda":
+        times = _time_on_gpu(run, device, cuda_graph)
+    else:
+        times = []
+        for _ in range(REPLAYS):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+    each = [seconds * 1e6 / len(calls) for seconds in times]
+    return {"us": statistics.median(each), "us_min": min(each), "us_max": max(each)}
+
+
+def _time_on_gpu(run: Callable[[], None], device: torch.device, cuda_graph: bool) -> list[float]:
+    torch.cuda.synchronize(device)
+    if cuda_graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        run = graph.replay
+        run()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return times
+
+
+def measure(
+    cases: Sequence[Case], device: torch.device, *, cuda_graph: bool = True, progress: bool = True
+) -> dict[str, Any]:
+    """Verify and time every case; returns what the results files hold.
+
+    Raises:
+        ArithmeticError: a result was wrong.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    torch_times: dict[tuple[int, int, int, str], float] = {}
+    results: list[dict[str, Any]] = []
+    prepare(cases, device)
+    with torch.inference_mode(), tqdm(cases, unit="case", disable=not progress) as bar:
+        for case in bar:
+            bar.set_postfix_str(f"{case.N} x {case.K}, {case.bits} bits, M = {case.M}")
+            stored, packed = random_layer(case, device)
+            error = verify(case, stored, packed)
+            key = (case.M, case.N, case.K, case.dtype)
+            if key not in torch_times:
+                torch_times[key] = time_calls(_torch_calls(case, device), device, cuda_graph)["us"]
+            times = time_calls(_rotating_calls(case, packed, device), device, cuda_graph)
+            row = {"kernel": "matgptq", **asdict(case), **times, "floor_us": floor_us(case, name)}
+            results.append({**row, "torch_us": torch_times[key], "relative_error": error})
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "date": date.today().isoformat(),
+        "cuda_graph": cuda_graph and device.type == "cuda",
+        "rotation_bytes": ROTATION_BYTES if device.type == "cuda" else 0,
+        "results": results,
+    }
+
+
+def _copies(nbytes: int, device: torch.device) -> int:
+    """How many weights take turns: enough to leave every cache of a GPU, one on a CPU."""
+    return max(2, -(-ROTATION_BYTES // nbytes)) if device.type == "cuda" else 1
+
+
+def _rotating_calls(case: Case, packed: PackedLinear, device: torch.device) -> list[Callable[[], Tensor]]:
+    x = torch.randn(case.M, case.K, device=device, dtype=case.torch_dtype)
+    read = packed.planes.nbytes * case.bits // packed.planes.shape[2]
+    layers = [packed]
+    while len(layers) < _copies(read, device):
+        layer = copy.copy(packed)
+        layer._buffers = dict(packed._buffers)
+        layer.planes = torch.randint_like(packed.planes, -(2**31), 2**31 - 1)
+        layers.append(layer)
+    return [partial(layer, x) for layer in layers]
+
+
+def _torch_calls(case: Case, device: torch.device) -> list[Callable[[], Tensor]]:
+    x = torch.randn(case.M, case.K, device=device, dtype=case.torch_dtype)
+    count = _copies(case.N * case.K * 2, device)
+    weights = [torch.randn(case.N, case.K, device=device, dtype=case.torch_dtype) for _ in range(count)]
+    return [partial(torch.nn.functional.linear, x, weight) for weight in weights]
+
+
+def _commit() -> str:
+    """What is measured: git's word for it, or ``GIT_COMMIT`` where the code was copied without its history."""
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("GIT_COMMIT", "unknown")
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text: microseconds and speed-up over torch, a row a shape and width, a column a batch size."""
+    rows: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    for r in report["results"]:
+        rows.setdefault((r["N"], r["K"], r["bits"], r["dtype"], r["mode"]), {})[r["M"]] = r
+    batches = sorted({r["M"] for r in report["results"]})
+    lines = [f"{report['device']}, microseconds (speed-up over torch)"]
+    lines.append(f"{'N x K':>14} {'bits':>4} {'type':>8} {'mode':>8}" + "".join(f"{f'M={m}':>16}" for m in batches))
+    for (n, k, bits, dtype, mode), by_batch in rows.items():
+        cells = [by_batch.get(m) for m in batches]
+        shown = [f"{c['us']:.1f} ({c['torch_us'] / c['us']:.2f}x)" if c else "" for c in cells]
+        lines.append(f"{f'{n} x {k}':>14} {bits:>4} {dtype:>8} {mode:>8}" + "".join(f"{s:>16}" for s in shown))
+    return "\n".join(lines)
+
+
+def plot(report: dict[str, Any], paths: Iterable[Path], title: str) -> None:
+    """Draw speed-up over torch by batch size, a line a width; the suffix of each path chooses its type.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("plots need matplotlib: pip install 'matgptq[bench]'") from None
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for bits in sorted({r["bits"] for r in report["results"]}):
+        points = sorted((r["M"], r["torch_us"] / r["us"]) for r in report["results"] if r["bits"] == bits)
+        axes.plot(*zip(*points, strict=True), "o-", label=f"{bits} bits")
+    axes.axhline(1, color="black", linewidth=1, linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens", ylabel="speed-up over torch.matmul", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """Write a report as JSON, a result a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = json.dumps({**report, "results": []})[:-2]
+    rows = ",\n".join(json.dumps(row) for row in report["results"])
+    path.write_text(f"{head}\n{rows}\n]}}\n", encoding="utf-8")

@@ -1,0 +1,207 @@
+"""Layers in the kernels' layout: what a model on a GPU is made of.
+
+`pack` turns the layers of a model into `PackedLinear`. Their weights are bit planes in tensor-core order
+(`matgptq.kernels.packing`): packed, ``bits`` planes that serve one width, or resident, eight planes that serve every
+width of the checkpoint, chosen per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .kernels.matmul import warmup as compile_and_load
+from .kernels.op import packed_linear
+from .kernels.packing import pack_codes, pack_scales, unpack, unpack_scales
+from .kernels.tiles import Problem
+from .linear import MatGPTQLinear, quantized_layers
+from .planes import pack_planes, read_slices
+from .slicing import MAX_BITS
+
+
+class PackedLinear(MatGPTQLinear):
+    """A `MatGPTQLinear` whose weights are bit planes in tensor-core order. Same equation, same ``bits`` and ``widths``.
+
+    The kernels count in units of 8-bit codes; narrower codes are shifted up, with scales and zeros to match.
+
+    Args:
+        layer: the layer to pack; it is not changed.
+        dtype: type of the activations, float16 or bfloat16, in which scales and bias are held.
+        resident: hold eight planes and serve every width of ``layer``, or hold and serve its present width alone. A
+            layer that has one width is held at it.
+
+    Raises:
+        ValueError: ``dtype`` is not one that the kernels compute in.
+    """
+
+    planes: Tensor
+    unit_zeros: Tensor | None
+
+    def __init__(self, layer: MatGPTQLinear, *, dtype: torch.dtype, resident: bool = True) -> None:
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"dtype must be torch.float16 or torch.bfloat16, got {dtype} ({layer.name})")
+        nn.Module.__init__(self)
+        for name in ("in_features", "out_features", "group_size", "rule", "master_bits", "stored_bits", "name"):
+            setattr(self, name, getattr(layer, name))
+        self.resident = resident and len(layer.widths) > 1
+        self._widths = layer.widths if self.resident else (layer.bits,)
+        self.bits = layer.bits
+        self.stored_dtype = layer.scales.dtype
+        self.zero_dtype = None if layer.zeros is None else layer.zeros.dtype
+        shift = MAX_BITS - layer.master_bits
+
+        if self.resident:
+            codes = read_slices(layer.qweight, layer.stored_bits, layer.rule, layer.master_bits)
+            planes = pack_codes(codes << (MAX_BITS - layer.stored_bits), MAX_BITS)
+        else:
+            planes = pack_codes(read_slices(layer.qweight, layer.bits, layer.rule, layer.master_bits), layer.bits)
+        self.register_buffer("planes", planes)
+        self.own_widths = tuple(b for b in layer.own_widths if b in self._widths)
+        shared = [] if set(self.own_widths) == set(self._widths) else ["scales"]
+        for name in (*shared, *(f"scales_{b}" for b in self.own_widths)):
+            scales = getattr(layer, name).float() / 2**shift
+            self.register_buffer(name, pack_scales(scales.to(dtype)))
+        zeros = _unit_zeros(layer, shift)
+        self.register_buffer("unit_zeros", None if zeros is None else pack_scales(zeros))
+        self.register_buffer("perm", layer.perm)
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(dtype), False)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths that can be assigned to ``bits``."""
+        return self._widths
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the activations."""
+        return next(t.dtype for name, t in self.named_buffers() if name.startswith("scales"))
+
+    def problem(self, tokens: int) -> Problem:
+        """What the kernels are asked for a call of ``tokens`` tokens, on the GPU that the layer is on."""
+        major, minor = torch.cuda.get_device_capability(self.planes.device)
+        return Problem(
+            tokens,
+            self.out_features,
+            self.in_features,
+            self.bits,
+            dtype=str(self.dtype).removeprefix("torch."),
+            group_size=self.group_size,
+            resident=self.resident,
+            rule=self.rule,
+            zeros=self.unit_zeros is not None,
+            sm=10 * major + minor,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``, in the type of ``x``."""
+        if self.perm is not None:
+            x = x.index_select(-1, self.perm)
+        return packed_linear(
+            x,
+            self.planes,
+            getattr(self, f"scales_{self._bits}") if self._bits in self.own_widths else self.scales,
+            self.unit_zeros,
+            self.bias,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            bits=self._bits,
+            group_size=self.group_size,
+            rule=self.rule,
+            resident=self.resident,
+        )
+
+    def unpacked(self) -> MatGPTQLinear:
+        """The layer as it is stored in a model folder: the codes of a resident layer, the one slice of a packed one.
+
+        Raises:
+            ValueError: the scales were stored in another type than the activations have, and were rounded to it.
+        """
+        if self.dtype != self.stored_dtype:
+            raise ValueError(
+                f"scales must be {self.dtype} to be stored again, got {self.stored_dtype} in the checkpoint "
+                f"({self.name}): save the model before it is packed"
+            )
+        codes = unpack(self.planes, self.out_features, self.in_features)
+        stored_bits = self.stored_bits if self.resident else self.bits
+        whole = stored_bits == self.master_bits
+        if self.resident:
+            codes >>= MAX_BITS - stored_bits
+        layer = MatGPTQLinear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            bits=self.bits,
+            group_size=self.group_size,
+            sym=self.zero_dtype is None,
+            rule=self.rule,
+            master_bits=self.master_bits,
+            stored_bits=None if whole else stored_bits,
+            act_order=self.perm is not None,
+            own_widths=self.own_widths if self.resident else (),
+            dtype=self.stored_dtype,
+            zero_dtype=self.zero_dtype or torch.uint8,
+            device="meta",
+            name=self.name,
+        )
+        layer.qweight = codes if whole else pack_planes(codes, stored_bits)
+        shift = MAX_BITS - self.master_bits
+        for name, buffer in self.named_buffers():
+            if name.startswith("scales"):
+                scales = unpack_scales(buffer, self.out_features).float() * 2**shift
+                setattr(layer, name if self.resident else "scales", scales.to(self.stored_dtype))
+        if self.zero_dtype is not None:
+            assert self.unit_zeros is not None
+            zeros = unpack_scales(self.unit_zeros, self.out_features)
+            layer.zeros = ((zeros - _gain(self.rule, shift)) / 2**shift).to(self.zero_dtype)
+        layer.perm, layer.bias = self.perm, self.bias
+        return layer
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        self.unpacked()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+def pack(model: nn.Module, *, dtype: torch.dtype | None = None, resident: bool = True) -> None:
+    """Replace the quantised layers of ``model`` by `PackedLinear`, one after the other, where they are.
+
+    Args:
+        model: a model with `MatGPTQLinear` layers, on the device that it will run on: packing there is fast.
+        dtype: type of the activations, float16 or bfloat16; that of ``model.dtype`` where None.
+        resident: hold all bits, so that `matgptq.set_bits` works, or each layer's present width alone.
+
+    Raises:
+        ValueError: the model has no layers to pack, or ``dtype`` is not one that the kernels compute in.
+    """
+    layers = {name: layer for name, layer in quantized_layers(model).items() if not isinstance(layer, PackedLinear)}
+    if not layers:
+        raise ValueError("model must have MatGPTQLinear layers that are not packed yet, got none")
+    activations: torch.dtype = model.dtype if dtype is None else dtype  # type: ignore[assignment]
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, PackedLinear(layer, dtype=activations, resident=resident))
+
+
+def warmup(model: nn.Module, tokens: Iterable[int] = (1, 2, 4, 8, 16, 32, 64)) -> None:
+    """Compile and load the kernels that ``model`` needs for calls of ``tokens`` tokens, at the widths it serves now.
+
+    Needed before a CUDA graph is captured, and good before the first answer: in parallel, and from the disk cache where
+    they are there. Nothing happens for layers that are not on a GPU.
+    """
+    layers = [m for m in quantized_layers(model).values() if isinstance(m, PackedLinear) and m.planes.is_cuda]
+    for device in {layer.planes.device for layer in layers}:
+        there = [layer for layer in layers if layer.planes.device == device]
+        compile_and_load({layer.problem(m) for layer in there for m in tokens}, device)
+
+
+def _gain(rule: str, shift: int) -> float:
+    """What a ``prefix`` level gains when its code is shifted up by ``shift`` bits."""
+    return (2**shift - 1) / 2 if rule == "prefix" else 0.0
+
+
+def _unit_zeros(layer: MatGPTQLinear, shift: int) -> Tensor | None:
+    """Zeros in units of 8-bit codes, float32 ``(out_features, groups)``; None where they all are 128."""
+    gain = _gain(layer.rule, shift)
+    if layer.zeros is not None:
+        return layer.zeros.float() * 2**shift + gain
+    return torch.full_like(layer.scales, 128 + gain, dtype=torch.float32) if gain else None

@@ -1,0 +1,157 @@
+"""Layers in the kernels' layout say the same as those in the stored one, at every width, and can be stored again."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import tiny_model
+from safetensors.torch import load_file
+from torch import nn
+
+import matgptq
+from matgptq.packed import PackedLinear, pack
+from matgptq.planes import pack_planes
+from matgptq.quantizer.pipeline import quantize
+from matgptq.slicing import slice_codes
+
+
+def layer(
+    rule="round", sym=True, master_bits=8, stored_bits=None, own=(), act_order=False, dtype=torch.float16, **options
+):
+    """A layer of 70 x 96 with random contents."""
+    torch.manual_seed(0)
+    made = matgptq.MatGPTQLinear(
+        96,
+        70,
+        True,
+        bits=stored_bits or master_bits,
+        group_size=options.pop("group_size", 32),
+        sym=sym,
+        rule=rule,
+        master_bits=master_bits,
+        stored_bits=stored_bits,
+        own_widths=own,
+        act_order=act_order,
+        dtype=dtype,
+    )
+    codes = torch.randint(0, 2**master_bits, (70, 96), dtype=torch.uint8)
+    made.qweight = (
+        codes
+        if stored_bits is None
+        else pack_planes(slice_codes(codes, stored_bits, rule, master_bits=master_bits), stored_bits)
+    )
+    for name in ("scales", *(f"scales_{b}" for b in own)):
+        getattr(made, name).uniform_(0.01, 0.02)
+    if not sym:
+        made.zeros.random_(0, 2**master_bits)
+    if act_order:
+        made.perm.copy_(torch.randperm(96))
+    made.bias.data.normal_()
+    return made
+
+
+LAYERS = {
+    "round": {},
+    "prefix": {"rule": "prefix"},
+    "zeros": {"sym": False},
+    "prefix-zeros": {"rule": "prefix", "sym": False},
+    "own-scales": {"own": (2, 3, 4, 6)},
+    "permuted": {"act_order": True},
+    "rows": {"group_size": -1},
+    "4-bit-codes": {"master_bits": 4},
+    "4-bit-codes-prefix": {"master_bits": 4, "rule": "prefix"},
+    "6-bit-codes-prefix-zeros": {"master_bits": 6, "rule": "prefix", "sym": False},
+    "cut-round": {"stored_bits": 3},
+    "cut-prefix": {"stored_bits": 6, "rule": "prefix"},
+}
+X = torch.randn(3, 96, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
+@pytest.mark.parametrize("resident", [True, False])
+def test_the_same_output_at_every_width(options, resident):
+    stored = layer(**options)
+    for bits in stored.widths:
+        stored.bits = bits
+        packed = PackedLinear(stored, dtype=torch.float16, resident=resident)
+        assert packed.bits == bits
+        torch.testing.assert_close(packed(X), stored(X), rtol=1e-5, atol=1e-5)
+    if resident:
+        for bits in packed.widths:  # one copy, another width per call
+            packed.bits = stored.bits = bits
+            torch.testing.assert_close(packed(X), stored(X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
+@pytest.mark.parametrize("resident", [True, False])
+def test_what_was_packed_can_be_stored_again(options, resident):
+    stored = layer(**options)
+    stored.bits = stored.widths[len(stored.widths) // 2]
+    packed = PackedLinear(stored, dtype=torch.float16, resident=resident)
+    again = packed.unpacked()
+    if packed.resident or len(stored.widths) == 1:
+        assert again.state_dict().keys() == stored.state_dict().keys()
+        assert all(torch.equal(again.state_dict()[k], v) for k, v in stored.state_dict().items())
+    assert packed.state_dict().keys() == again.state_dict().keys()
+    torch.testing.assert_close(again(X), stored(X), rtol=1e-5, atol=1e-5)
+
+
+def test_a_packed_layer_holds_its_bits_and_no_more():
+    stored = layer()
+    for bits in stored.widths:
+        stored.bits = bits
+        packed = PackedLinear(stored, dtype=torch.float16, resident=False)
+        assert packed.planes.nbytes == 128 * 128 * bits // 8  # 70 x 96 fill two tiles of 64 each way
+        assert packed.widths == (bits,)
+        for other in set(stored.widths) - {bits}:
+            with pytest.raises(ValueError, match="bits must be"):
+                packed.bits = other
+
+
+def test_rounded_scales_are_not_stored_as_if_they_were_not():
+    packed = PackedLinear(layer(), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"scales must be torch.bfloat16 to be stored again, got torch.float16"):
+        packed.state_dict()
+
+
+def test_activations_that_the_kernels_do_not_take_are_refused():
+    with pytest.raises(ValueError, match=r"dtype must be torch.float16 or torch.bfloat16, got torch.float32"):
+        PackedLinear(layer(), dtype=torch.float32)
+    with pytest.raises(ValueError, match="model must have MatGPTQLinear layers that are not packed yet, got none"):
+        pack(tiny_model())
+
+
+def test_a_packed_model_is_served_saved_and_loaded(tiny_folder, tmp_path):
+    quantize(tiny_folder, tmp_path / "nested", matgptq.Method(group_size=16, feedback=False), progress=False)
+    model = matgptq.load(tmp_path / "nested")
+    ids = torch.arange(3, 20).view(1, -1)
+    want = {}
+    for bits in (8, 4, 3):
+        matgptq.set_bits(model, bits)
+        want[bits] = model(ids).logits
+    pack(model)
+    assert all(isinstance(m, PackedLinear) for m in matgptq.quantized_layers(model).values())
+    for bits in (3, 8, 4):
+        matgptq.set_bits(model, bits)
+        torch.testing.assert_close(model(ids).logits, want[bits], rtol=1e-2, atol=1e-2)
+    model.save_pretrained(tmp_path / "again")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("nested", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert {m.bits for m in matgptq.quantized_layers(matgptq.load(tmp_path / "again")).values()} == {4}
+
+
+@pytest.mark.parametrize(("resident", "zeros"), list(itertools.product((True, False), repeat=2)))
+def test_the_op_passes_opcheck(resident, zeros):
+    packed = PackedLinear(layer(sym=not zeros), dtype=torch.float16, resident=resident)
+    arguments = (X.half(), packed.planes, packed.scales, packed.unit_zeros, packed.bias, 96, 70, packed.bits, 32)
+    torch.library.opcheck(torch.ops.matgptq.packed_linear.default, (*arguments, "round", packed.resident))
+
+
+def test_a_compiled_packed_layer_has_no_graph_breaks():
+    packed = PackedLinear(layer(), dtype=torch.float16)
+    compiled = torch.compile(nn.Sequential(packed), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for bits in (4, 3):
+            packed.bits = bits
+            torch.testing.assert_close(compiled(X.half()), packed(X.half()))
