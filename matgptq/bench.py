@@ -32,6 +32,7 @@ from .kernels.matmul import warmup as compile_and_load
 from .kernels.tiles import Problem
 from .linear import MatGPTQLinear
 from .packed import PackedLinear
+from .plots import new_axes, save
 from .slicing import dequantize
 
 ROTATION_BYTES = 240 << 20
@@ -246,23 +247,15 @@ def plot(report: dict[str, Any], paths: Iterable[Path], title: str) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("plots need matplotlib: pip install 'matgptq[bench]'") from None
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
+    axes = new_axes(xlabel="tokens", ylabel="speed-up over torch.matmul", title=title, xscale="log")
     for bits in sorted({r["bits"] for r in report["results"]}):
         points = sorted((r["M"], r["torch_us"] / r["us"]) for r in report["results"] if r["bits"] == bits)
         axes.plot(*zip(*points, strict=True), "o-", label=f"{bits} bits")
     axes.axhline(1, color="black", linewidth=1, linestyle=":")
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="tokens", ylabel="speed-up over torch.matmul", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+    batches = sorted({r["M"] for r in report["results"]})
+    axes.set_xticks(batches, [str(m) for m in batches])
+    axes.minorticks_off()
+    save(axes, paths)
 
 
 def write(report: dict[str, Any], path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .linear import quantized_layers, set_bits
+from .plots import new_axes, save
 
 
 @dataclass(frozen=True)
@@ -105,18 +106,10 @@ def plot(results: Sequence[WidthResult], path: str | Path, *, dense: WidthResult
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("--plot needs matplotlib: pip install 'matgptq[bench]'") from None
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
+    axes = new_axes(xlabel="weights (MB)", ylabel="perplexity", yscale="log")
     axes.plot([r.nbytes / 1e6 for r in results], [r.perplexity for r in results], "o-", label="MatGPTQ, one checkpoint")
     for r in results:
         axes.annotate(f"{r.bits} bits", (r.nbytes / 1e6, r.perplexity), xytext=(6, 6), textcoords="offset points")
     if dense is not None:
         axes.plot(dense.nbytes / 1e6, dense.perplexity, "s", color="black", label="dense")
-    axes.set(xlabel="weights (MB)", ylabel="perplexity", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path)
+    save(axes, [path])
