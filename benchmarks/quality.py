@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="folder of a dense model")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--samples", type=int, default=32, help="calibration sequences of 1,024 tokens")
-    parser.add_argument("--only", nargs="+", help="measure only the methods whose name contains one of these")
+    parser.add_argument("--only", nargs="+", choices=list(methods()), help="measure these again, keep the other rows")
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -88,10 +88,12 @@ def main() -> None:
         "dense_perplexity": perplexity(dense, tokens),
         "results": [],
     }
+    if options.only and options.out.exists():
+        results["results"] = json.loads(options.out.read_text(encoding="utf-8"))["results"]
     del dense
     print(f"dense {results['dense_perplexity']:.2f}", flush=True)
     for name, (method, widths) in methods().items():
-        if options.only and not any(part in name for part in options.only):
+        if options.only and name not in options.only:
             continue
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "model"
@@ -109,11 +111,13 @@ def main() -> None:
         by_width = {str(r.bits): r.perplexity for r in measured}
         row = {
             "method": name,
+            "commit": results["commit"],
             "perplexity": by_width,
             "relative_output_error": {str(b): error for b, error in errors.items()} if method.needs_hessian else None,
             "seconds": report.seconds,
         }
-        results["results"].append(row)
+        kept = {other["method"]: other for other in results["results"]} | {name: row}
+        results["results"] = [kept[other] for other in methods() if other in kept]
         line = ", ".join(f"{b} bits {value:.2f}" for b, value in by_width.items())
         print(f"{name}: {line}; {sum(report.seconds.values()):.0f} s", flush=True)
         options.out.parent.mkdir(parents=True, exist_ok=True)

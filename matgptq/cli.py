@@ -284,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--method", choices=("matgptq", "gptq", "rtn"), default="matgptq", help="rtn: round to nearest")
     sub.add_argument("--widths", type=int, nargs="+", default=[3, 4, 8], help="trained widths, bits (matgptq)")
     sub.add_argument(
-        "--lambdas", type=float, nargs="+", help="weight of each width's squared error (1; 128 for 8 bits)"
+        "--lambdas", type=float, nargs="+", help="weight of each width's squared error (1; 512 for 8 bits)"
     )
     sub.add_argument("--bits", type=int, help="width served by default, bits (8); the one width of gptq")
     sub.add_argument("--group-size", type=int, default=128, help="weights that share a scale; -1: a whole row")

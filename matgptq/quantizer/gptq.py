@@ -21,7 +21,7 @@ from torch import Tensor
 from ..slicing import check_bits, check_rule, dequantize, group_count
 from .lookup import CodeLookup, build_lookup, check_widths
 
-MASTER_LAMBDA = 128.0  # errors are in code units, where those of 3 bits are 32 times those of 8: see docs/quantizer.md
+MASTER_LAMBDA = 512.0  # errors are in code units, where those of 3 bits are 32 times those of 8: see docs/quantizer.md
 MAX_BLOCK = 128  # columns corrected one by one before the rest of the matrix is, as in GPTQ
 SCALE_RIDGE = 1e-2  # pulls fitted scales to the shared one, in units of the normal matrix's mean diagonal
 MAX_DAMPING = 1e4  # of the mean diagonal: beyond this the Hessian is noise, and we say so
