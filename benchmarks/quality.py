@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import platform
-import subprocess
 import tempfile
 from datetime import date
 from pathlib import Path
@@ -23,6 +22,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import matgptq
+from matgptq.bench import measured_commit
 from matgptq.evaluate import evaluate, perplexity, read_tokens
 
 DATA = Path(__file__).parents[1] / "examples" / "data"
@@ -57,12 +57,6 @@ def methods() -> dict[str, tuple[matgptq.Method, tuple[int, ...]]]:
     return found
 
 
-def commit() -> str:
-    """The commit that is measured, with a mark where the tree has changes."""
-    describe = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-
-
 def main() -> None:
     """Measure, print a table and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,7 +72,7 @@ def main() -> None:
     results: dict[str, Any] = {
         "model": options.model.name,
         "date": date.today().isoformat(),
-        "commit": commit(),
+        "commit": measured_commit(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",

@@ -185,7 +185,7 @@ def measure(
     return {
         "device": name,
         "torch": torch.__version__,
-        "commit": _commit(),
+        "commit": measured_commit(),
         "date": date.today().isoformat(),
         "cuda_graph": cuda_graph and device.type == "cuda",
         "rotation_bytes": ROTATION_BYTES if device.type == "cuda" else 0,
@@ -217,7 +217,7 @@ def _torch_calls(case: Case, device: torch.device) -> list[Callable[[], Tensor]]
     return [partial(torch.nn.functional.linear, x, weight) for weight in weights]
 
 
-def _commit() -> str:
+def measured_commit() -> str:
     """What is measured: git's word for it, or ``GIT_COMMIT`` where the code was copied without its history."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:

@@ -119,15 +119,19 @@ class MatGPTQLinear(nn.Module):
         every = range(MIN_BITS, self.stored_bits + 1)
         return tuple(b for b in every if servable(b, self.stored_bits, self.rule, self.master_bits))
 
+    @property
+    def served_scales(self) -> Tensor:
+        """Scales of the served width: its own, else the shared ones."""
+        return getattr(self, f"scales_{self._bits}") if self._bits in self.own_widths else self.scales
+
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``, in the type of ``x``."""
         if self.perm is not None:
             x = x.index_select(-1, self.perm)
-        scales = getattr(self, f"scales_{self._bits}") if self._bits in self.own_widths else self.scales
         return linear(
             x,
             self.qweight,
-            scales,
+            self.served_scales,
             self.zeros,
             self.bias,
             bits=self._bits,

@@ -101,7 +101,7 @@ class PackedLinear(MatGPTQLinear):
         return packed_linear(
             x,
             self.planes,
-            getattr(self, f"scales_{self._bits}") if self._bits in self.own_widths else self.scales,
+            self.served_scales,
             self.unit_zeros,
             self.bias,
             in_features=self.in_features,
