@@ -20,7 +20,7 @@ import torch
 
 from . import __version__
 from .checkpoint import check_folder
-from .config import read_widths
+from .config import QuantConfig, read_widths
 from .folder import slice_folder
 from .ops import servable
 from .slicing import MAX_BITS, MIN_BITS, RULES
@@ -241,6 +241,27 @@ def info_of(folder: str | Path) -> dict[str, Any]:
     }
 
 
+def dummy(options: argparse.Namespace) -> dict[str, Any]:
+    """``matgptq dummy``: a folder of a known geometry with random contents."""
+    from .dummy import write_dummy
+
+    quantization = None
+    if not options.dense:
+        quantization = QuantConfig(bits=options.bits, group_size=options.group_size, sym=not options.asym)
+    write_dummy(
+        options.arch,
+        options.out,
+        quantization=quantization,
+        stored_bits=options.bits if options.packed else None,
+        dtype=getattr(torch, options.dtype),
+        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        seed=options.seed,
+        config_only=options.config_only,
+    )
+    print(f"wrote {options.out}: {_folder_bytes(options.out) / 1e6:.1f} MB of weights")
+    return {"out": str(options.out), "bytes": _folder_bytes(options.out)}
+
+
 def _counted(values: Any) -> dict[str, int]:
     return {str(bits): count for bits, count in sorted(Counter(values).items(), reverse=True)}
 
@@ -348,6 +369,19 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("info", info, "Tell a folder's layers, widths and sizes, and what each width would weigh.")
     sub.add_argument("model", help="quantised model folder")
     sub.add_argument("--layers", action="store_true", help="list every layer")
+
+    sub = command("dummy", dummy, "Write a model folder of a known geometry with random weights, to measure speed.")
+    sub.add_argument("--arch", required=True, help="llama-3.1-8b, qwen3-8b, ... or a folder with a config.json")
+    sub.add_argument("--out", required=True, type=Path, help="folder to write; must be new")
+    sub.add_argument("--bits", type=int, default=8, help="width served by default, bits")
+    sub.add_argument("--packed", action="store_true", help="store the bits of that width alone")
+    sub.add_argument("--dense", action="store_true", help="do not quantise")
+    sub.add_argument("--group-size", type=int, default=128, help="weights that share a scale; -1: a whole row")
+    sub.add_argument("--asym", action="store_true", help="a zero for each group, not the middle code for all")
+    sub.add_argument("--dtype", choices=("float16", "bfloat16"), default="bfloat16", help="type of what is dense")
+    sub.add_argument("--device", help="where to draw the numbers (a GPU if there is one)")
+    sub.add_argument("--seed", type=int, default=0, help="of the random numbers")
+    sub.add_argument("--config-only", action="store_true", help="config.json alone: vLLM makes up weights itself")
     return parser
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.matmul import warmup as compile_and_load
-from .kernels.op import packed_linear
+from .kernels.op import packed_linear, packed_linear_at
 from .kernels.packing import pack_codes, pack_scales, unpack, unpack_scales
 from .kernels.tiles import Problem
 from .linear import MatGPTQLinear, quantized_layers
@@ -38,6 +38,8 @@ class PackedLinear(MatGPTQLinear):
 
     planes: Tensor
     unit_zeros: Tensor | None
+    width_at_run_time: bool
+    """Whether ``torch.compile`` leaves the width open: code compiled once serves all widths (`matgptq.decode`)."""
 
     def __init__(self, layer: MatGPTQLinear, *, dtype: torch.dtype, resident: bool = True) -> None:
         if dtype not in (torch.float16, torch.bfloat16):
@@ -47,6 +49,9 @@ class PackedLinear(MatGPTQLinear):
             setattr(self, name, getattr(layer, name))
         self.resident = resident and len(layer.widths) > 1
         self._widths = layer.widths if self.resident else (layer.bits,)
+        self.own_widths = tuple(b for b in layer.own_widths if b in self._widths)
+        self.width_at_run_time = False
+        self._width = torch.zeros(2, dtype=torch.long)  # of packed_linear_at; stays on the CPU
         self.bits = layer.bits
         self.stored_dtype = layer.scales.dtype
         self.zero_dtype = None if layer.zeros is None else layer.zeros.dtype
@@ -58,7 +63,6 @@ class PackedLinear(MatGPTQLinear):
         else:
             planes = pack_codes(read_slices(layer.qweight, layer.bits, layer.rule, layer.master_bits), layer.bits)
         self.register_buffer("planes", planes)
-        self.own_widths = tuple(b for b in layer.own_widths if b in self._widths)
         shared = [] if set(self.own_widths) == set(self._widths) else ["scales"]
         for name in (*shared, *(f"scales_{b}" for b in self.own_widths)):
             scales = getattr(layer, name).float() / 2**shift
@@ -94,10 +98,36 @@ class PackedLinear(MatGPTQLinear):
             sm=10 * major + minor,
         )
 
+    @property
+    def bits(self) -> int:
+        """Served width; assigning a width that is not one of `widths` raises a ValueError."""
+        return self._bits
+
+    @bits.setter
+    def bits(self, bits: int) -> None:
+        MatGPTQLinear.bits.fset(self, bits)  # type: ignore[attr-defined]
+        index = self.own_widths.index(bits) if bits in self.own_widths else len(self.own_widths)
+        self._width.copy_(torch.tensor([bits, index]))
+
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``, in the type of ``x``."""
         if self.perm is not None:
             x = x.index_select(-1, self.perm)
+        if self.width_at_run_time and torch.compiler.is_compiling():
+            shared = [self.scales] if "scales" in self._buffers else []
+            return packed_linear_at(
+                x,
+                self.planes,
+                [*(getattr(self, f"scales_{width}") for width in self.own_widths), *shared],
+                self.unit_zeros,
+                self.bias,
+                self._width,
+                in_features=self.in_features,
+                out_features=self.out_features,
+                group_size=self.group_size,
+                rule=self.rule,
+                resident=self.resident,
+            )
         return packed_linear(
             x,
             self.planes,

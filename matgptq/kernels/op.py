@@ -1,4 +1,7 @@
-"""``torch.ops.matgptq.packed_linear``: the layer in the kernels' layout, by the kernels or, on a CPU, by unpacking."""
+"""``torch.ops.matgptq.packed_linear``: the layer in the kernels' layout, by the kernels or, on a CPU, by unpacking.
+
+``packed_linear_at`` is the same with the width in a tensor, for compiled code that serves all widths.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,11 @@ from .packing import unpack, unpack_scales
 library.define(
     "packed_linear(Tensor x, Tensor planes, Tensor scales, Tensor? zeros, Tensor? bias, int in_features, "
     "int out_features, int bits, int group_size, str rule, bool resident) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
+    "packed_linear_at(Tensor x, Tensor planes, Tensor[] scales, Tensor? zeros, Tensor? bias, Tensor width, "
+    "int in_features, int out_features, int group_size, str rule, bool resident) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -54,6 +62,68 @@ def packed_linear(
     return torch.ops.matgptq.packed_linear(
         x, planes, scales, zeros, bias, in_features, out_features, bits, group_size, rule, resident
     )
+
+
+def packed_linear_at(
+    x: Tensor,
+    planes: Tensor,
+    scales: list[Tensor],
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    width: Tensor,
+    *,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    rule: str,
+    resident: bool,
+) -> Tensor:
+    """`packed_linear` at a width that is read when it runs: code compiled once serves all widths.
+
+    A CUDA graph still holds the width that it was captured at.
+
+    Args:
+        scales: the scales to choose from.
+        width: integers ``(2,)`` on the CPU: bits, and which of ``scales`` goes with them.
+
+    The other arguments, the result and the errors are those of `packed_linear`.
+    """
+    return torch.ops.matgptq.packed_linear_at(
+        x, planes, scales, zeros, bias, width, in_features, out_features, group_size, rule, resident
+    )
+
+
+def _packed_linear_at(
+    x: Tensor,
+    planes: Tensor,
+    scales: list[Tensor],
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    width: Tensor,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    rule: str,
+    resident: bool,
+) -> Tensor:
+    bits, index = width.tolist()
+    return torch.ops.matgptq.packed_linear(
+        x, planes, scales[index], zeros, bias, in_features, out_features, bits, group_size, rule, resident
+    )
+
+
+def _packed_linear_at_fake(
+    x: Tensor,
+    planes: Tensor,
+    scales: list[Tensor],
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    width: Tensor,
+    in_features: int,
+    out_features: int,
+    *rest: int | str | bool,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 def _packed_linear_cpu(
@@ -121,3 +191,5 @@ def _packed_linear_fake(
 library.impl("packed_linear", _packed_linear_cpu, "CPU")
 library.impl("packed_linear", _packed_linear_cuda, "CUDA")
 torch.library.register_fake("matgptq::packed_linear", _packed_linear_fake, lib=library)
+library.impl("packed_linear_at", _packed_linear_at, "CompositeExplicitAutograd")
+torch.library.register_fake("matgptq::packed_linear_at", _packed_linear_at_fake, lib=library)

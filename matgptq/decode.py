@@ -1,0 +1,154 @@
+"""Greedy decoding with a static cache, a CUDA graph a step.
+
+`Decoder` is the shortest way from one token to the next with a Transformers model. The cache has a fixed size; the step
+from a token to the next is one CUDA graph; the host only replays it and reads tokens as they come, one step behind the
+GPU. The model's own code computes the step, by `torch.compile` if asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StaticCache
+
+from .linear import quantized_layers
+from .packed import PackedLinear, warmup
+
+
+class Decoder:
+    """Decodes up to ``max_length`` tokens of ``batch_size`` sequences, greedily.
+
+    On a GPU the first call after a change of widths captures a CUDA graph; graphs of widths served before are kept, and
+    share memory. On a CPU each step is a plain call.
+
+    Args:
+        model: a causal language model, dense or quantised, with weights where they stay.
+        batch_size: sequences that are decoded together.
+        max_length: most tokens of a sequence, prompt and answer; the cache has this size whatever is in it.
+        compile: let ``torch.compile`` fuse what is not a linear layer, without graph breaks: tens of seconds once, for
+            all widths. Fewer and faster kernels at each step.
+
+    Raises:
+        ValueError: a size is not positive.
+
+    Example:
+        >>> decoder = Decoder(load("NESTED", bits=4, device="cuda"), max_length=256)        # doctest: +SKIP
+        >>> decoder.generate(tokenizer("Why?", return_tensors="pt").input_ids)              # doctest: +SKIP
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, batch_size: int = 1, max_length: int = 2048, compile: bool = False
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            if value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        self.model = model
+        self.batch_size, self.max_length = batch_size, max_length
+        self._cache = StaticCache(config=model.config, max_cache_len=max_length)
+        self._token = torch.zeros(batch_size, 1, dtype=torch.long, device=model.device)
+        self._layers = [m for m in quantized_layers(model).values() if isinstance(m, PackedLinear)]
+        self._compute = torch.compile(self._next, fullgraph=True, dynamic=False) if compile else self._next
+        self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
+        for layer in self._layers:
+            layer.width_at_run_time = compile
+
+    def generate(
+        self, input_ids: Tensor, max_new_tokens: int | None = None, eos_token_id: int | Iterable[int] | None = None
+    ) -> Tensor:
+        """Answers of all sequences, without the prompt: integers ``(batch_size, at most max_new_tokens)``, on the CPU.
+
+        Arguments and errors are those of `stream`. A sequence that has ended is filled up with the token that ended it.
+        """
+        return torch.stack(list(self.stream(input_ids, max_new_tokens, eos_token_id)), dim=1)
+
+    @torch.inference_mode()
+    def stream(
+        self, input_ids: Tensor, max_new_tokens: int | None = None, eos_token_id: int | Iterable[int] | None = None
+    ) -> Iterator[Tensor]:
+        """The next token of every sequence, ``(batch_size,)`` on the CPU, as it comes.
+
+        Args:
+            input_ids: prompts of one length, ``(batch_size, length)``.
+            max_new_tokens: most tokens of an answer; None: as many as there is room for.
+            eos_token_id: tokens that end a sequence; decoding ends when all have ended. None: none does.
+
+        Raises:
+            ValueError: the prompts do not have that shape, or prompt and answer are longer than ``max_length``.
+        """
+        if input_ids.dim() != 2 or input_ids.shape[0] != self.batch_size or input_ids.shape[1] < 1:
+            got = tuple(input_ids.shape)
+            raise ValueError(f"input_ids must have shape ({self.batch_size}, length), got {got}")
+        room = self.max_length - input_ids.shape[1]
+        count = room if max_new_tokens is None else max_new_tokens
+        if not 1 <= count <= room:
+            raise ValueError(
+                f"max_new_tokens must be 1 to {room}, max_length {self.max_length} less the prompt, got {count}"
+            )
+        ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ()))
+        self.prepare()
+        self._cache.reset()
+        self._token.copy_(self._next(input_ids.to(self._token.device)))
+        ended = torch.zeros(self.batch_size, dtype=torch.bool)
+        last = None
+        for i in range(count):
+            token, arrived = self._read()
+            if i + 1 < count:
+                self._step()  # the GPU goes on while the host waits for the token before
+            if arrived is not None:
+                arrived.synchronize()
+            if last is not None:
+                token = torch.where(ended, last, token)
+            yield token
+            ended |= torch.isin(token, ends)
+            if len(ends) and ended.all():
+                return
+            last = token
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Compile kernels and capture the graph of the widths that are served now, where they are not there yet."""
+        if self._token.device.type != "cuda" or self._widths() in self._graphs:
+            return
+        warmup(self.model, (self.batch_size,))
+        side = torch.cuda.Stream(self._token.device)
+        side.wait_stream(torch.cuda.current_stream(self._token.device))
+        with torch.cuda.stream(side):
+            for _ in range(2):  # the first call makes the cache, and compiles
+                self._advance()
+                self._cache.reset()
+        torch.cuda.current_stream(self._token.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+        with torch.cuda.graph(graph, pool=pool):
+            self._advance()
+        self._graphs[self._widths()] = graph
+
+    def _widths(self) -> tuple[int, ...]:
+        return tuple(layer.bits for layer in self._layers)
+
+    def _next(self, input_ids: Tensor) -> Tensor:
+        """The most likely token after ``input_ids``, which go into the cache."""
+        logits = self.model(input_ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1].argmax(-1, keepdim=True)
+
+    def _advance(self) -> None:
+        self._token.copy_(self._compute(self._token))
+
+    def _step(self) -> None:
+        graph = self._graphs.get(self._widths())
+        if graph is None:
+            self._advance()
+        else:
+            graph.replay()
+
+    def _read(self) -> tuple[Tensor, torch.cuda.Event | None]:
+        """The present token on its way to the host, and the event of its arrival."""
+        if self._token.device.type != "cuda":
+            return self._token[:, 0].clone(), None
+        token = torch.empty(self.batch_size, dtype=torch.long, pin_memory=True)
+        token.copy_(self._token[:, 0], non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return token, arrived

@@ -1,0 +1,105 @@
+"""Greedy decoding with a static cache gives the tokens of Transformers' own loop."""
+
+import pytest
+import torch
+
+import matgptq
+from matgptq.decode import Decoder
+from matgptq.packed import pack
+from matgptq.quantizer.pipeline import quantize
+
+IDS = torch.arange(3, 20).view(1, -1)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("decode") / "nested"
+    quantize(tiny_folder, folder, matgptq.Method(group_size=16, feedback=False), progress=False)
+    return matgptq.load(folder, dtype=torch.float32)
+
+
+def expected(model, ids, count, **options):
+    return model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None, **options)[:, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_tokens_are_those_of_transformers(model, bits):
+    matgptq.set_bits(model, bits)
+    assert torch.equal(Decoder(model, max_length=40).generate(IDS, 12), expected(model, IDS, 12))
+
+
+def test_a_batch_and_a_decoder_used_twice(model):
+    ids = torch.cat([IDS, IDS.flip(1)])
+    decoder = Decoder(model, batch_size=2, max_length=64)
+    for prompt in (ids, ids[:, :5]):
+        assert torch.equal(decoder.generate(prompt, 9), expected(model, prompt, 9))
+
+
+def test_the_answer_fills_the_room_by_default(model):
+    assert Decoder(model, max_length=IDS.shape[1] + 4).generate(IDS).shape == (1, 4)
+
+
+def test_decoding_ends_when_all_sequences_have(model):
+    ids = torch.cat([IDS, IDS.flip(1)])
+    free = Decoder(model, batch_size=2, max_length=40).generate(ids, 10)
+    first, second = free[0, 2].item(), free[1, 4].item()
+    got = Decoder(model, batch_size=2, max_length=40).generate(ids, 10, [first, second])
+    for row, whole in zip(got, free, strict=True):
+        end = next(i for i, token in enumerate(whole.tolist()) if token in (first, second))
+        assert torch.equal(row[: end + 1], whole[: end + 1])
+        assert (row[end:] == whole[end]).all()
+    assert got.shape[1] <= 5
+
+
+def test_the_stream_can_be_left(model):
+    decoder = Decoder(model, max_length=40)
+    for _ in decoder.stream(IDS, 10):
+        break
+    assert torch.equal(decoder.generate(IDS, 6), expected(model, IDS, 6))
+
+
+def test_compiled_code_serves_all_widths(tiny_folder, text_file, tmp_path):
+    method = matgptq.Method(group_size=16, own_scales=(2, 4))
+    options = {"calibration": text_file, "samples": 2, "sequence_length": 16, "progress": False}
+    quantize(tiny_folder, tmp_path / "nested", method, **options)
+    model = matgptq.load(tmp_path / "nested", dtype=torch.float32).to(torch.bfloat16)
+    pack(model)
+    compilations = 0
+
+    def backend(graph, inputs):
+        nonlocal compilations
+        compilations += 1
+        return graph
+
+    decoder = Decoder(model, max_length=40, compile=True)
+    decoder._compute = torch.compile(decoder._next, fullgraph=True, dynamic=False, backend=backend)
+    plain = Decoder(model, max_length=40)
+    for layer in matgptq.quantized_layers(model).values():
+        layer.width_at_run_time = True
+    answers = []
+    for bits in (8, 4, 2, 4):
+        matgptq.set_bits(model, bits)
+        answers.append(decoder.generate(IDS, 8))
+        assert torch.equal(answers[-1], plain.generate(IDS, 8))
+    assert compilations == 1
+    assert torch.equal(answers[1], answers[3])
+    assert not torch.equal(answers[0], answers[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"batch_size": 0}, "batch_size must be positive, got 0"), ({"max_length": -1}, "max_length must be positive")],
+)
+def test_bad_sizes(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        Decoder(model, **options)
+
+
+def test_bad_prompts(model):
+    decoder = Decoder(model, max_length=20)
+    with pytest.raises(ValueError, match=r"input_ids must have shape \(1, length\), got \(2, 17\)"):
+        next(decoder.stream(torch.cat([IDS, IDS])))
+    with pytest.raises(ValueError, match=r"max_new_tokens must be 1 to 3, .* got 4"):
+        next(decoder.stream(IDS, 4))
+    with pytest.raises(ValueError, match=r"max_new_tokens must be 1 to 0, .* got 0"):
+        next(Decoder(model, max_length=17).stream(IDS))
