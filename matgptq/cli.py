@@ -132,6 +132,7 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     """``matgptq generate``: the answer to a prompt, token by token as it comes."""
     from transformers import AutoTokenizer, TextStreamer
 
+    from .decode import Decoder
     from .hf import load
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -140,16 +141,21 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     if tokenizer.chat_template and not options.raw:
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
-    streamer = None if options.quiet else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    prompt_ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+    decoder = Decoder(model, max_length=prompt_ids.shape[1] + options.max_new_tokens, compile=options.compile)
+    decoder.prepare()
+    streamer = None if options.quiet else TextStreamer(tokenizer, skip_special_tokens=True)
+    new: list[int] = []
     start = time.perf_counter()
-    output = model.generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False, streamer=streamer)
+    for token in decoder.stream(prompt_ids, eos_token_id=model.generation_config.eos_token_id):
+        new.append(int(token))
+        if streamer:
+            streamer.put(token)
     seconds = time.perf_counter() - start
-    new = output[0, inputs["input_ids"].shape[1] :]
-    answer = tokenizer.decode(new, skip_special_tokens=True)
-    if not options.quiet:
+    if streamer:
+        streamer.end()
         print(f"[{len(new)} tokens in {seconds:.1f} s, {len(new) / seconds:.1f} tokens/s]", file=sys.stderr)
-    return {"answer": answer, "tokens": len(new), "seconds": seconds}
+    return {"answer": tokenizer.decode(new, skip_special_tokens=True), "tokens": len(new), "seconds": seconds}
 
 
 def eval_(options: argparse.Namespace) -> dict[str, Any]:
@@ -353,6 +359,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--raw", action="store_true", help="do not use the chat template")
     sub.add_argument("--bits", type=int, help="width, bits (the folder's own if not given)")
     sub.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, tokens")
+    sub.add_argument("--compile", action="store_true", help="fuse the rest of the model: slow to start, then faster")
     computing(sub)
 
     sub = command("eval", eval_, "Measure perplexity on a text file at each width.")

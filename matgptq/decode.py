@@ -21,7 +21,7 @@ class Decoder:
     """Decodes up to ``max_length`` tokens of ``batch_size`` sequences, greedily.
 
     On a GPU the first call after a change of widths captures a CUDA graph; graphs of widths served before are kept, and
-    share memory. On a CPU each step is a plain call.
+    share memory. On a CPU, and for models with sliding windows shorter than ``max_length``, each step is a plain call.
 
     Args:
         model: a causal language model, dense or quantised, with weights where they stay.
@@ -31,7 +31,7 @@ class Decoder:
             all widths. Fewer and faster kernels at each step.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: a size is not positive, or ``compile`` is asked for a model with shorter sliding windows.
 
     Example:
         >>> decoder = Decoder(load("NESTED", bits=4, device="cuda"), max_length=256)        # doctest: +SKIP
@@ -47,6 +47,10 @@ class Decoder:
         self.model = model
         self.batch_size, self.max_length = batch_size, max_length
         self._cache = StaticCache(config=model.config, max_cache_len=max_length)
+        window = min((layer.max_cache_len for layer in self._cache.layers if layer.is_sliding), default=max_length)
+        if compile and window < max_length:
+            raise ValueError(f"compile must be off beyond the sliding window of {window}, got max_length {max_length}")
+        self._captures = model.device.type == "cuda" and window >= max_length  # a sliding cache counts on the host
         self._token = torch.zeros(batch_size, 1, dtype=torch.long, device=model.device)
         self._layers = [m for m in quantized_layers(model).values() if isinstance(m, PackedLinear)]
         self._compute = torch.compile(self._next, fullgraph=True, dynamic=False) if compile else self._next
@@ -109,7 +113,7 @@ class Decoder:
     @torch.inference_mode()
     def prepare(self) -> None:
         """Compile kernels and capture the graph of the widths that are served now, where they are not there yet."""
-        if self._token.device.type != "cuda" or self._widths() in self._graphs:
+        if not self._captures or self._widths() in self._graphs:
             return
         warmup(self.model, (self.batch_size,))
         side = torch.cuda.Stream(self._token.device)

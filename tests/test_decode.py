@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import matgptq
 from matgptq.decode import Decoder
@@ -95,6 +96,18 @@ def test_bad_sizes(model, options, message):
         Decoder(model, **options)
 
 
+def test_beyond_a_sliding_window(tmp_path):
+    config = AutoConfig.for_model(
+        "mistral", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=99, sliding_window=8, initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert torch.equal(Decoder(model, max_length=40).generate(IDS, 12), expected(model, IDS, 12))
+    with pytest.raises(ValueError, match="compile must be off beyond the sliding window of 8, got max_length 40"):
+        Decoder(model, max_length=40, compile=True)
+
+
 def test_bad_prompts(model):
     decoder = Decoder(model, max_length=20)
     with pytest.raises(ValueError, match=r"input_ids must have shape \(1, length\), got \(2, 17\)"):
@@ -103,3 +116,16 @@ def test_bad_prompts(model):
         next(decoder.stream(IDS, 4))
     with pytest.raises(ValueError, match=r"max_new_tokens must be 1 to 0, .* got 0"):
         next(Decoder(model, max_length=17).stream(IDS))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("compile", [False, True])
+def test_graphs_on_a_gpu_give_the_tokens_of_the_cpu(model, tiny_folder, tmp_path, compile):
+    quantize(tiny_folder, tmp_path / "nested", matgptq.Method(group_size=16, feedback=False), progress=False)
+    on_gpu = matgptq.load(tmp_path / "nested", device="cuda")
+    decoder = Decoder(on_gpu, max_length=40, compile=compile)
+    for bits in (8, 4, 8):
+        matgptq.set_bits(on_gpu, bits)
+        matgptq.set_bits(model, bits)
+        assert torch.equal(decoder.generate(IDS, 12), expected(model, IDS, 12))
+    assert len(decoder._graphs) == 2

@@ -148,6 +148,16 @@ def test_the_op_passes_opcheck(resident, zeros):
     torch.library.opcheck(torch.ops.matgptq.packed_linear.default, (*arguments, "round", packed.resident))
 
 
+def test_the_op_with_the_width_in_a_tensor_passes_opcheck():
+    packed = PackedLinear(layer(own=(3,)), dtype=torch.float16)
+    for bits, index in ((3, 0), (8, 1)):
+        packed.bits = bits
+        scales = [packed.scales_3, packed.scales]
+        arguments = (X.half(), packed.planes, scales, None, packed.bias, torch.tensor([bits, index]), 96, 70, 32)
+        torch.library.opcheck(torch.ops.matgptq.packed_linear_at.default, (*arguments, "round", True))
+        assert torch.equal(torch.ops.matgptq.packed_linear_at(*arguments, "round", True), packed(X.half()))
+
+
 def test_a_compiled_packed_layer_has_no_graph_breaks():
     packed = PackedLinear(layer(), dtype=torch.float16)
     compiled = torch.compile(nn.Sequential(packed), fullgraph=True, backend="aot_eager")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import matgptq
 from matgptq.quantizer.pipeline import quantize
@@ -90,6 +90,19 @@ def test_generate_is_greedy_decoding_of_the_logits(folder):
     for _ in range(8):
         ids = torch.cat([ids, dense_twin(folder, 4)(ids).logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(output, ids)
+
+
+def test_continuous_batching_gives_the_same_tokens(folder):
+    model = matgptq.load(folder, bits=4, dtype=torch.float32)
+    prompts = [IDS[0, :5].tolist(), IDS[0, 7:16].tolist(), IDS[0, 20:23].tolist()]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    answers = model.generate_batch(prompts, generation_config=config, progress_bar=False)
+    got = sorted((answer.prompt_ids, answer.generated_tokens) for answer in answers.values())
+    for prompt, tokens in got:
+        ids = torch.tensor([prompt])
+        want = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)[0, len(prompt) :]
+        assert tokens == want.tolist()
+    assert len(got) == 3
 
 
 def test_save_pretrained_keeps_codes_and_the_widths_served(folder, tmp_path):
