@@ -31,10 +31,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import matgptq
 from matgptq.bench import measured_commit
 from matgptq.decode import Decoder
-from matgptq.evaluate import model_bytes
 
 LOOPS = ("decoder", "compiled", "generate", "static")
 GIB = 2**30
+MARGIN = 0.4  # random tokens are 4 off; bf16 in 32 layers of random weights, in two orders of summation, was 0.17
 
 
 def answer(model: PreTrainedModel, loop: str, ids: Tensor, new_tokens: int) -> tuple[Callable[[], Tensor], float]:
@@ -69,9 +69,14 @@ def verify(model: PreTrainedModel, ids: Tensor, new: Tensor) -> float:
     logits = model(sequence[:, :-1]).logits[:, ids.shape[1] - 1 :].float()
     chosen = logits.gather(-1, sequence[:, ids.shape[1] :, None])[..., 0]
     worst = ((logits.amax(-1) - chosen) / logits.std(-1)).max().item()
-    if not worst <= 0.15:
-        raise ArithmeticError(f"tokens must be the likeliest within 0.15 standard deviations, got {worst:.3f}")
+    if not worst <= MARGIN:
+        raise ArithmeticError(f"tokens must be the likeliest within {MARGIN} standard deviations, got {worst:.3f}")
     return worst
+
+
+def held_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all weights in memory."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def seconds_of(run: Callable[[], Tensor], repeats: int) -> float:
@@ -166,7 +171,7 @@ def main() -> None:
     if on_gpu:
         torch.cuda.synchronize()
     sizes = {"mode": "packed" if options.packed else "resident", "load_seconds": round(time.perf_counter() - start, 2)}
-    sizes["weights_gib"] = round(model_bytes(model) / GIB, 2)
+    sizes["weights_gib"] = round(held_bytes(model) / GIB, 2)
     sizes["load_peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2) if on_gpu else None
     print(f"loaded {sizes}")
     config = AutoConfig.from_pretrained(options.model)
@@ -181,7 +186,7 @@ def main() -> None:
     if not options.no_dense:
         model = dense_model(config, device, dtype)
         for loop in options.loops:
-            measure(model, 16, loop, {"mode": "dense", "weights_gib": round(model_bytes(model) / GIB, 2)})
+            measure(model, 16, loop, {"mode": "dense", "weights_gib": round(held_bytes(model) / GIB, 2)})
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

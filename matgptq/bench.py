@@ -218,12 +218,14 @@ def _torch_calls(case: Case, device: torch.device) -> list[Callable[[], Tensor]]
 
 
 def measured_commit() -> str:
-    """What is measured: git's word for it, or ``GIT_COMMIT`` where the code was copied without its history."""
+    """What is measured: ``GIT_COMMIT`` where the code was copied without its history, else git's word for it."""
+    if "GIT_COMMIT" in os.environ:
+        return os.environ["GIT_COMMIT"]
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT", "unknown")
+        return "unknown"
 
 
 def table(report: dict[str, Any]) -> str:

@@ -144,9 +144,12 @@ class MatGPTQLinear(nn.Module):
         """Bytes that the layer weighs cut to ``bits``; as it is stored now where None."""
         if bits is None:
             return sum(t.nbytes for t in (*self.buffers(), *self.parameters()))
-        per_group = sum(t.nbytes for t in (self.scales, self.zeros) if t is not None)
-        rest = sum(t.nbytes for t in (self.perm, self.bias) if t is not None)
-        return self.out_features * self.in_features * bits // 8 + per_group + rest
+        rest = sum(t.nbytes for t in (self.served_scales, self._zeros, self.perm, self.bias) if t is not None)
+        return self.out_features * self.in_features * bits // 8 + rest
+
+    @property
+    def _zeros(self) -> Tensor | None:
+        return self.zeros
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of the layer."""

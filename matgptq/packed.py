@@ -78,6 +78,10 @@ class PackedLinear(MatGPTQLinear):
         return self._widths
 
     @property
+    def _zeros(self) -> Tensor | None:
+        return self.unit_zeros
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of the activations."""
         return next(t.dtype for name, t in self.named_buffers() if name.startswith("scales"))
@@ -207,7 +211,8 @@ def pack(model: nn.Module, *, dtype: torch.dtype | None = None, resident: bool =
     if not layers:
         raise ValueError("model must have MatGPTQLinear layers that are not packed yet, got none")
     activations: torch.dtype = model.dtype if dtype is None else dtype  # type: ignore[assignment]
-    for name, layer in layers.items():
+    while layers:
+        name, layer = layers.popitem()  # no reference stays: its memory is there for the next
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, PackedLinear(layer, dtype=activations, resident=resident))
 

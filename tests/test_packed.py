@@ -1,6 +1,7 @@
 """Layers in the kernels' layout say the same as those in the stored one, at every width, and can be stored again."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -146,6 +147,30 @@ def test_the_op_passes_opcheck(resident, zeros):
     packed = PackedLinear(layer(sym=not zeros), dtype=torch.float16, resident=resident)
     arguments = (X.half(), packed.planes, packed.scales, packed.unit_zeros, packed.bias, 96, 70, packed.bits, 32)
     torch.library.opcheck(torch.ops.matgptq.packed_linear.default, (*arguments, "round", packed.resident))
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_bytes_are_those_of_the_width(sym):
+    packed = PackedLinear(layer(sym=sym), dtype=torch.float16)
+    zeros = packed.unit_zeros.nbytes if not sym else 0
+    assert packed.nbytes(4) == 70 * 96 // 2 + packed.scales.nbytes + zeros + 70 * 2
+    assert packed.nbytes() == packed.planes.nbytes + packed.scales.nbytes + zeros + 70 * 2
+
+
+def test_packing_lets_go_of_each_layer_as_it_goes():
+    model = nn.ModuleDict({name: layer() for name in "abcd"})
+    alive = [weakref.ref(model[name]) for name in "abcd"]
+    counts = []
+
+    class Counting(PackedLinear):
+        def __init__(self, *arguments, **options):
+            counts.append(sum(reference() is not None for reference in alive))
+            super().__init__(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matgptq.packed.PackedLinear", Counting)
+        pack(model, dtype=torch.float16)
+    assert counts == [4, 3, 2, 1]
 
 
 def test_the_op_with_the_width_in_a_tensor_passes_opcheck():
