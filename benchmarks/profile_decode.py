@@ -47,6 +47,7 @@ def main() -> None:
             profile(Path(place) / "model", bits, options)
 
 
+@torch.inference_mode()
 def profile(folder: Path, bits: int, options: argparse.Namespace) -> None:
     """Print a step's kernels, the longest first."""
     if bits == 16:
