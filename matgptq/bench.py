@@ -28,7 +28,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .kernels.matmul import bind
 from .kernels.matmul import warmup as compile_and_load
+from .kernels.op import packed_linear
 from .kernels.tiles import Problem
 from .linear import MatGPTQLinear
 from .packed import PackedLinear
@@ -215,6 +217,43 @@ def _torch_calls(case: Case, device: torch.device) -> list[Callable[[], Tensor]]
     count = _copies(case.N * case.K * 2, device)
     weights = [torch.randn(case.N, case.K, device=device, dtype=case.torch_dtype) for _ in range(count)]
     return [partial(torch.nn.functional.linear, x, weight) for weight in weights]
+
+
+def call_cost(device: torch.device, calls: int = 300) -> dict[str, float]:
+    """CPU microseconds of an eager call for one token on a GPU: median of `REPLAYS` rounds of ``calls`` calls.
+
+    ``layer`` is a `PackedLinear`, ``function`` is `kernels.op.packed_linear`, ``op`` the same by the dispatcher (as a
+    compiled model calls it), ``launch`` the launch alone. ``calls`` must be so few that the GPU's queue takes them all.
+    """
+    case = Case(1, 256, 256, 4)
+    _, layer = random_layer(case, device)
+    x = torch.randn(1, case.K, device=device, dtype=case.torch_dtype)
+    y = torch.empty(1, case.N, device=device, dtype=case.torch_dtype)
+    operands = (layer.planes, layer.scales, None, None)
+    options = {"in_features": case.K, "out_features": case.N, "bits": case.bits, "group_size": case.group_size}
+    call = bind(case.bits, case.group_size, case.K, case.N)
+    launcher = call.load(1, case.torch_dtype, False, x.get_device())
+    stream = torch.cuda.current_stream(device).cuda_stream
+    addresses = (x.data_ptr(), layer.planes.data_ptr(), layer.scales.data_ptr(), 0, 0, y.data_ptr())
+    ways: dict[str, Callable[[], Any]] = {
+        "layer": lambda: layer(x),
+        "function": lambda: packed_linear(x, *operands, **options),  # type: ignore[arg-type]
+        "op": lambda: torch.ops.matgptq.packed_linear(x, *operands, *options.values(), "round", False),
+        "launch": lambda: launcher(stream, 1, *addresses),
+    }
+    costs = {}
+    with torch.inference_mode():
+        for name, way in ways.items():
+            times = []
+            for _ in range(REPLAYS + 1):
+                torch.cuda.synchronize(device)
+                start = time.perf_counter()
+                for _ in range(calls):
+                    way()
+                times.append((time.perf_counter() - start) / calls * 1e6)
+            costs[name] = statistics.median(times[1:])
+    torch.cuda.synchronize(device)
+    return costs
 
 
 def measured_commit() -> str:

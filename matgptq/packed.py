@@ -115,8 +115,9 @@ class PackedLinear(MatGPTQLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``, in the type of ``x``."""
-        if self.perm is not None:
-            x = x.index_select(-1, self.perm)
+        buffers = self._buffers  # a buffer as an attribute takes nn.Module half a microsecond to find
+        if buffers["perm"] is not None:
+            x = x.index_select(-1, buffers["perm"])
         if self.width_at_run_time and torch.compiler.is_compiling():
             shared = [self.scales] if "scales" in self._buffers else []
             return packed_linear_at(
@@ -134,9 +135,9 @@ class PackedLinear(MatGPTQLinear):
             )
         return packed_linear(
             x,
-            self.planes,
-            self.served_scales,
-            self.unit_zeros,
+            buffers["planes"],  # type: ignore[arg-type]
+            buffers[f"scales_{self._bits}" if self._bits in self.own_widths else "scales"],  # type: ignore[arg-type]
+            buffers["unit_zeros"],
             self.bias,
             in_features=self.in_features,
             out_features=self.out_features,

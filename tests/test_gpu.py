@@ -69,3 +69,50 @@ def test_packing_a_model_on_the_gpu_leaves_no_plain_layers(tiny_folder, tmp_path
     model = matgptq.load(tmp_path / "nested").cuda()
     pack(model, resident=False)
     assert {m.widths for m in matgptq.quantized_layers(model).values()} == {(8,)}
+
+
+def test_an_eager_call_and_the_op_give_the_same_bits():
+    packed = PackedLinear(layer().cuda(), dtype=torch.float16)
+    for tokens in (1, 7, 70):
+        x = torch.randn(2, tokens, 96, device="cuda", dtype=torch.float16)
+        with torch.profiler.profile() as profile:
+            want = packed(x)
+        assert any(event.name == "matgptq::packed_linear" for event in profile.events())
+        assert torch.equal(packed(x), want)
+        with torch.inference_mode():
+            assert torch.equal(packed(x), want)
+
+
+def test_a_layer_that_was_moved_and_changed_launches_what_it_holds_now():
+    stored = layer().cuda()
+    packed = PackedLinear(stored, dtype=torch.float16)
+    x = torch.randn(3, 96, device="cuda", dtype=torch.float16)
+    want = {}
+    for bits in (4, 3):
+        packed.bits = bits
+        want[bits] = packed(x)
+    packed.cpu().cuda()
+    for bits in (3, 4):
+        packed.bits = bits
+        assert torch.equal(packed(x), want[bits])
+    packed.planes.zero_()
+    packed.bias.data = packed.bias.data.clone()
+    assert not torch.equal(packed(x), want[4])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_a_layer_on_a_gpu_that_is_not_the_current_one():
+    packed = PackedLinear(layer().to("cuda:1"), dtype=torch.float16)
+    x = torch.randn(3, 96, device="cuda:1", dtype=torch.float16)
+    with torch.cuda.device(1):
+        want = packed(x)
+    with torch.cuda.device(0):
+        assert torch.equal(packed(x), want)
+
+
+def test_an_exported_layer_runs_the_kernels():
+    packed = PackedLinear(layer().cuda(), dtype=torch.float16)
+    x = torch.randn(4, 96, device="cuda", dtype=torch.float16)
+    exported = torch.export.export(packed, (x,))
+    assert any("packed_linear" in str(node.target) for node in exported.graph.nodes)
+    assert torch.equal(exported.module()(x), packed(x))

@@ -32,7 +32,7 @@ class Launcher:
         # The decoded level is taken about 128; without a zeros tensor that is the zero point as well.
         self._shift = problem.level_offset + (128.0 if problem.zeros else 0.0)
         self._shared = shared_bytes(problem, config)
-        self._grid = grid(problem, config)
+        self._grid, self._tokens = grid(problem, config), config.tokens
         self._function = _load(tuple(defines(problem, config).items()), f"sm_{problem.sm}", device)
         _check(
             driver.cuFuncSetAttribute(
@@ -57,7 +57,7 @@ class Launcher:
 
     def __call__(self, stream: int, M: int, x: int, planes: int, scales: int, zeros: int, bias: int, y: int) -> None:
         """Launches on ``stream``; the rest are device addresses, 0 for none."""
-        token_blocks = -(-M // self._config.tokens)
+        token_blocks = -(-M // self._tokens)
         launch = self._launches.get((stream, token_blocks))
         if launch is None:
             launch = self._launches[(stream, token_blocks)] = self._configuration(stream, token_blocks)

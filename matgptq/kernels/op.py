@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops import library, linear_by_pieces
 from ..slicing import MAX_BITS
-from .matmul import matmul
+from .matmul import bind
 from .packing import unpack, unpack_scales
 
 library.define(
@@ -58,9 +58,28 @@ def packed_linear(
 
     Raises:
         TypeError, ValueError: a type, shape, width, group size or rule does not fit.
+
+    An eager call on a GPU goes straight to the kernels, past the dispatcher, which takes longer than all the rest. The
+    op is called wherever something might want to see it (`_is_eager`).
     """
+    if x.is_cuda and _is_eager(x):
+        return bind(bits, group_size, in_features, out_features, rule, resident)(x, planes, scales, zeros, bias)
     return torch.ops.matgptq.packed_linear(
         x, planes, scales, zeros, bias, in_features, out_features, bits, group_size, rule, resident
+    )
+
+
+def _is_eager(x: Tensor) -> bool:
+    """Whether nothing but the kernels would see the op: no compiler, tracer, mode, transform, autograd or profiler."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and not x.requires_grad
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()
     )
 
 
@@ -107,8 +126,18 @@ def _packed_linear_at(
     resident: bool,
 ) -> Tensor:
     bits, index = width.tolist()
-    return torch.ops.matgptq.packed_linear(
-        x, planes, scales[index], zeros, bias, in_features, out_features, bits, group_size, rule, resident
+    return packed_linear(
+        x,
+        planes,
+        scales[index],
+        zeros,
+        bias,
+        in_features=in_features,
+        out_features=out_features,
+        bits=bits,
+        group_size=group_size,
+        rule=rule,
+        resident=resident,
     )
 
 
@@ -160,19 +189,7 @@ def _packed_linear_cuda(
     rule: str,
     resident: bool,
 ) -> Tensor:
-    return matmul(
-        x,
-        planes,
-        scales,
-        zeros,
-        bias,
-        bits=bits,
-        group_size=group_size,
-        in_features=in_features,
-        out_features=out_features,
-        rule=rule,
-        resident=resident,
-    )
+    return bind(bits, group_size, in_features, out_features, rule, resident)(x, planes, scales, zeros, bias)
 
 
 def _packed_linear_fake(

@@ -1,0 +1,164 @@
+"""The eager call that goes past the dispatcher: what it launches, and when it must not be taken. A mock launches."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from matgptq.bench import Case, random_layer
+from matgptq.kernels import matmul, op
+from matgptq.kernels.tiles import Problem
+
+CPU = torch.device("cpu")
+
+
+class Launcher:
+    """Writes down what it is asked to launch."""
+
+    def __init__(self, M, N, K, bits, dtype, group_size, rule, resident, zeros, index):
+        self.problem = Problem(M, N, K, bits, str(dtype).removeprefix("torch."), group_size, resident, rule, zeros)
+        self.checked = set()
+        self.calls = []
+
+    def __call__(self, *arguments):
+        self.calls.append(arguments)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Tensors say that they are on a GPU; returns the launchers that were made."""
+    made = []
+
+    def launcher(*constants):
+        made.append(Launcher(*constants))
+        return made[-1]
+
+    monkeypatch.setattr(matmul, "_launcher", launcher)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 77, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
+    matmul.bind.cache_clear()
+    yield made
+    matmul.bind.cache_clear()
+
+
+def packed_layer(**options):
+    return random_layer(Case(1, 128, 256, 4, **options), CPU)[1]
+
+
+def test_a_layer_launches_its_own_memory(gpu):
+    layer = packed_layer()
+    x = torch.randn(2, 3, 256, dtype=torch.half)
+    y = layer(x)
+    assert y.shape == (2, 3, 128)
+    assert y.dtype == x.dtype
+    (launcher,) = gpu
+    want = (77, 6, x.data_ptr(), layer.planes.data_ptr(), layer.scales.data_ptr(), 0, 0, y.data_ptr())
+    assert launcher.calls == [want]
+
+
+def test_memory_that_was_replaced_is_checked_and_launched(gpu):
+    layer, x = packed_layer(), torch.randn(1, 256, dtype=torch.half)
+    layer.bias = torch.nn.Parameter(torch.randn(128).half(), False)
+    layer(x)
+    layer.planes, layer.bias.data = layer.planes.clone(), layer.bias.data.clone()  # as Module.to does for each
+    y = layer(x)
+    (launcher,) = gpu
+    wanted = (layer.planes.data_ptr(), layer.scales.data_ptr(), 0, layer.bias.data_ptr(), y.data_ptr())
+    assert launcher.calls[-1][3:] == wanted
+    layer.planes = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="planes must be"):
+        layer(x)
+
+
+def test_another_width_is_another_kernel(gpu):
+    layer, x = packed_layer(mode="resident"), torch.randn(1, 256, dtype=torch.half)
+    layer._widths = (3, 4)
+    for bits in (4, 3, 4):
+        layer.bits = bits
+        layer(x)
+    assert [launcher.problem.bits for launcher in gpu] == [4, 3]
+    assert [len(launcher.calls) for launcher in gpu] == [2, 1]
+
+
+def test_kernels_are_shared_by_layers_of_a_kind_and_by_many_tokens(gpu):
+    for layer in (packed_layer(), packed_layer()):
+        for tokens in (1, 66, 500):
+            layer(torch.randn(tokens, 256, dtype=torch.half))
+    assert [launcher.problem.M for launcher in gpu] == [1, 65]
+    assert [[call[1] for call in launcher.calls] for launcher in gpu] == [[1, 1], [66, 500, 66, 500]]
+
+
+def test_awkward_activations(gpu):
+    layer = packed_layer()
+    assert layer(torch.randn(0, 256).half()).shape == (0, 128)
+    assert gpu[0].calls == []
+    x = torch.randn(256, 5).half().t()
+    layer(x)
+    assert gpu[-1].calls[-1][2] != x.data_ptr()
+    layer(torch.randn(256).half())
+    for wrong in (torch.randn(1, 255).half(), torch.tensor(1.0).half()):
+        with pytest.raises(ValueError, match="x must have in_features 256 columns"):
+            layer(wrong)
+
+
+class SeesFunctions(TorchFunctionMode):
+    """A mode that changes nothing."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class SeesOps(TorchDispatchMode):
+    """Writes down the ops that come by."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_else_would_see_a_plain_call():
+    x = torch.randn(1, 256)
+    assert op._is_eager(x)
+    with torch.inference_mode():
+        assert op._is_eager(torch.randn(1, 256))
+        assert op._is_eager(x)
+
+
+def test_whatever_wants_the_op_gets_it():
+    x = torch.randn(1, 256)
+    assert not op._is_eager(torch.randn(1, 256, requires_grad=True))
+    assert not op._is_eager(torch.nn.Parameter(x, False))
+    for mode in (SeesOps(), SeesFunctions(), FakeTensorMode(), torch.profiler.profile()):
+        with mode:
+            assert not op._is_eager(x)
+    assert op._is_eager(x)
+    seen = []
+
+    def spy(v):
+        seen.append(op._is_eager(v))
+        return v + 1
+
+    torch.vmap(spy)(x)
+    torch.func.functionalize(spy)(x)
+    make_fx(spy)(x)
+    torch.jit.trace(spy, x, check_trace=False)
+    assert seen and not any(seen)  # noqa: PT018
+    answer = torch.compile(lambda v: v + op._is_eager(v), fullgraph=True, backend="eager")(x)
+    assert torch.equal(answer, x)
+
+
+def test_modes_and_exporters_see_the_op_of_a_layer():
+    layer, x = packed_layer(), torch.randn(2, 256, dtype=torch.half)
+    with SeesOps() as mode:
+        want = layer(x)
+    assert "matgptq.packed_linear.default" in mode.seen
+    exported = torch.export.export(layer, (x,))
+    assert any("packed_linear" in str(node.target) for node in exported.graph.nodes)
+    assert torch.equal(exported.module()(x), want)
