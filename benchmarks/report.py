@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
 from matgptq.bench import plot as plot_speed
+from matgptq.bench import target_us
 from matgptq.evaluate import WidthResult, plot
 
 ROOT = Path(__file__).parents[1]
 WIDTHS = ("8", "6", "4", "3", "2")
+SHOWN = ((8192, 8192), (16384, 16384), (4096, 4096))  # shapes with a table of their own
 
 
 def number(value: float | None) -> str:
@@ -53,40 +56,89 @@ def demo_table(demo: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def of_shape(report: dict[str, Any], N: int, K: int) -> dict[tuple[int, int], dict[str, Any]]:
+    """The results of one shape by width and tokens: packed, fp16, groups of 128."""
+    kind = {"N": N, "K": K, "dtype": "float16", "group_size": 128, "mode": "packed"}
+    rows = (r for r in report["results"] if kind.items() <= r.items())
+    return {(r["bits"], r["M"]): r for r in rows}
+
+
 def gpu_table(report: dict[str, Any]) -> str:
     """Microseconds of a call and the speed-up over torch.matmul, by width and tokens."""
-    rows = {(r["bits"], r["M"]): r for r in report["results"]}
-    widths, batches = (sorted({key[i] for key in rows}) for i in (0, 1))
-    shape = f"{report['results'][0]['N']} x {report['results'][0]['K']}"
-    lines = [
-        f"| {shape}, microseconds (times torch.matmul's speed) | " + " | ".join(f"M = {m}" for m in batches) + " |"
-    ]
-    lines.append("| --- |" + " --- |" * len(batches))
-    for bits in widths:
+    rows = of_shape(report, 8192, 8192)
+    batches = (1, 8, 16, 64)
+    lines = ["| 8192 x 8192, microseconds (times torch.matmul's speed) | " + " | ".join(f"M = {m}" for m in batches)]
+    lines[0] += " |\n| --- |" + " --- |" * len(batches)
+    for bits in (2, 4, 8):
         found = [rows[bits, m] for m in batches]
-        cells = " | ".join(f"{r['us']:.1f} ({r['torch_us'] / r['us']:.2f})" for r in found)
-        lines.append(f"| {bits} bits | {cells} |")
+        lines.append(f"| {bits} bits | " + " | ".join(f"{r['us']:.1f} ({ratio(r):.2f})" for r in found) + " |")
     return "\n".join(lines) + "\n"
+
+
+def ratio(row: dict[str, Any], peer: str = "torch") -> float:
+    """How many times as fast as torch.matmul, or as a peer."""
+    return (row["torch_us"] if peer == "torch" else row["peers_us"][peer]) / row["us"]
+
+
+def linear_tables(report: dict[str, Any]) -> str:
+    """Microseconds by shape, width and tokens with the target in brackets, then how all points compare."""
+    shapes = dict.fromkeys((r["N"], r["K"]) for r in report["results"])
+    every = [r for shape in shapes for r in of_shape(report, *shape).values()]
+    batches = sorted({r["M"] for r in every})
+    parts = []
+    for shape in SHOWN:
+        rows = of_shape(report, *shape)
+        lines = [f"| {shape[0]} x {shape[1]} | " + " | ".join(f"M = {m}" for m in batches) + " |"]
+        lines.append("| --- |" + " --- |" * len(batches))
+        for bits in sorted({bits for bits, _ in rows}):
+            found = [rows.get((bits, m)) for m in batches]
+            cells = [f"{r['us']:.1f} ({target_us(r):.1f})" if r else "" for r in found]
+            lines.append(f"| {bits} bits | " + " | ".join(cells) + " |")
+        for bits in sorted({bits for (bits, _), r in rows.items() if "humming" in r["peers_us"]}):
+            found = [rows.get((bits, m), {}).get("peers_us", {}).get("humming") for m in batches]
+            lines.append(f"| Humming, {bits} bits | " + " | ".join(f"{us:.1f}" if us else "" for us in found) + " |")
+        torch_us = {m: r["torch_us"] for (_, m), r in rows.items()}
+        lines.append("| cuBLAS | " + " | ".join(f"{torch_us[m]:.1f}" if m in torch_us else "" for m in batches) + " |")
+        parts.append("\n".join(lines) + "\n")
+    lines = ["| least / median / most | " + " | ".join(f"M = {m}" for m in batches) + " |"]
+    lines.append("| --- |" + " --- |" * len(batches))
+    for name, of, among in (
+        ("speed-up over cuBLAS", ratio, every),
+        ("speed-up over Humming", lambda r: ratio(r, "humming"), [r for r in every if "humming" in r["peers_us"]]),
+        ("time / target", lambda r: r["us"] / target_us(r), every),
+    ):
+        by_batch = [[of(r) for r in among if r["M"] == m] for m in batches]
+        cells = [f"{min(v):.2f} / {statistics.median(v):.2f} / {max(v):.2f}" if v else "" for v in by_batch]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join([*parts, "\n".join(lines) + "\n"])
 
 
 def headline(report: dict[str, Any]) -> str:
     """The one number of the first screen."""
-    (row,) = (r for r in report["results"] if r["bits"] == 4 and r["M"] == 1)
-    speed = row["torch_us"] / row["us"]
+    row = of_shape(report, 8192, 8192)[4, 1]
     return (
-        f"**{speed:.1f} times as fast as `torch.matmul` in float16**: a linear layer of {row['N']} x {row['K']}, "
+        f"**{ratio(row):.1f} times as fast as `torch.matmul` in float16**: a linear layer of {row['N']} x {row['K']}, "
         f"4 bits, one token,\n{report['device']} ({row['us']:.1f} against {row['torch_us']:.1f} microseconds, "
         f"`benchmarks/results/h200`).\n"
     )
 
 
+def write_linear(report: dict[str, Any], root: Path) -> None:
+    """Fill the pages and draw the plots of ``matgptq bench linear``: a plot for each square that was timed."""
+    for size in (2048, 4096, 8192, 16384):
+        rows = list(of_shape(report, size, size).values())
+        if rows:
+            title = f"{report['device']}, {size} x {size}, float16"
+            plot_speed({**report, "results": rows}, [root / "assets" / f"gpu_benchmark_{size >> 10}k.svg"], title)
+    fill(root / "README.md", "headline", headline(report))
+    fill(root / "README.md", "gpu", gpu_table(report))
+    fill(root / "docs" / "kernels.md", "linear", linear_tables(report))
+
+
 def main() -> None:
     """Fill the pages and draw the plots."""
-    path = ROOT / "benchmarks" / "results" / "h200" / "8192x8192_float16_packed.json"
-    report = json.loads(path.read_text(encoding="utf-8"))
-    plot_speed(report, [ROOT / "assets" / "gpu_benchmark_8k.svg"], f"{report['device']}, 8192 x 8192, float16")
-    fill(ROOT / "README.md", "headline", headline(report))
-    fill(ROOT / "README.md", "gpu", gpu_table(report))
+    path = ROOT / "benchmarks" / "results" / "h200" / "linear.json"
+    write_linear(json.loads(path.read_text(encoding="utf-8")), ROOT)
     results = ROOT / "benchmarks" / "results" / "cpu"
     quality = json.loads((results / "quality.json").read_text(encoding="utf-8"))
     demo = json.loads((results / "demo.json").read_text(encoding="utf-8"))

@@ -17,8 +17,8 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -85,27 +85,42 @@ def random_layer(case: Case, device: torch.device, seed: int = 0) -> tuple[MatGP
     return stored, PackedLinear(stored, dtype=case.torch_dtype, resident=case.mode == "resident")
 
 
-def verify(case: Case, stored: MatGPTQLinear, packed: PackedLinear) -> float:
-    """Relative error of ``packed`` against float64 over the dequantised weights.
-
-    Raises:
-        ArithmeticError: it is more than `TOLERANCE`: what is wrong is not worth timing.
-    """
-    x = torch.randn(case.M, case.K, device=packed.planes.device, dtype=case.torch_dtype)
-    poison = torch.full((case.M, case.N), float("nan"), device=x.device, dtype=x.dtype)
-    del poison  # the memory that the output is likely to be given
-    y = packed(x).double()
-    want = torch.empty_like(y)
-    rows = max(1, (1 << 24) // case.K)  # float64 weights a piece at a time
+def reference(case: Case, stored: MatGPTQLinear, x: Tensor) -> Tensor:
+    """The product in float64 over the dequantised weights, a piece of them at a time."""
+    want = x.new_empty((x.shape[0], case.N), dtype=torch.float64)
+    rows = max(1, (1 << 24) // case.K)
     for start in range(0, case.N, rows):
         piece = slice(start, start + rows)
         codes, scales = stored.qweight[piece], stored.scales[piece]
         weight = dequantize(codes, scales, bits=case.bits, group_size=case.group_size)
         want[:, piece] = x.double() @ weight.double().t()
-    error = ((y - want).norm() / want.norm()).item()
-    if not error <= TOLERANCE[case.torch_dtype]:
-        raise ArithmeticError(f"relative error must be at most {TOLERANCE[case.torch_dtype]}, got {error:.2e} ({case})")
+    return want
+
+
+def check(case: Case, call: Callable[[Tensor], Tensor], x: Tensor, want: Tensor, tolerance: float = 0) -> float:
+    """Relative error of ``call(x)`` against ``want``.
+
+    Raises:
+        ArithmeticError: it is more than ``tolerance``, or than `TOLERANCE` where 0: what is wrong is not worth timing.
+    """
+    poison = torch.full(want.shape, float("nan"), device=x.device, dtype=x.dtype)
+    del poison  # the memory that the output is likely to be given
+    error = ((call(x).double() - want).norm() / want.norm()).item()
+    tolerance = tolerance or TOLERANCE[case.torch_dtype]
+    if not error <= tolerance:
+        raise ArithmeticError(f"relative error must be at most {tolerance}, got {error:.2e} ({case})")
     return error
+
+
+def tokens(case: Case, device: torch.device) -> Tensor:
+    """Normal random activations."""
+    return torch.randn(case.M, case.K, device=device, dtype=case.torch_dtype)
+
+
+def verify(case: Case, stored: MatGPTQLinear, packed: PackedLinear) -> float:
+    """Relative error of ``packed`` against `reference`; raises as `check`."""
+    x = tokens(case, packed.planes.device)
+    return check(case, packed, x, reference(case, stored, x))
 
 
 def floor_us(case: Case, device_name: str) -> float | None:
@@ -117,6 +132,11 @@ def floor_us(case: Case, device_name: str) -> float | None:
     group = case.K if case.group_size == -1 else case.group_size
     moved = case.N * case.K * (planes / 8 + 2 / group) + 2 * case.M * (case.N + case.K)
     return max(moved / bandwidth, 2 * case.M * case.N * case.K / rate) * 1e6
+
+
+def target_us(row: Mapping[str, Any]) -> float:
+    """What the project asks of a result that has a floor."""
+    return 1.05 * row["floor_us"] + 1.5 if row["M"] <= 16 else 1.5 * row["floor_us"] + 2
 
 
 Calls = Sequence[Callable[[], Tensor]]
@@ -162,61 +182,105 @@ def _time_on_gpu(run: Callable[[], None], device: torch.device, cuda_graph: bool
 
 
 def measure(
-    cases: Sequence[Case], device: torch.device, *, cuda_graph: bool = True, progress: bool = True
+    cases: Iterable[Case],
+    device: torch.device,
+    *,
+    cuda_graph: bool = True,
+    progress: bool = True,
+    peers_us: Mapping[Case, Mapping[str, float]] | None = None,
+    done: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
     """Verify and time every case; returns what the results files hold.
+
+    Args:
+        cases: what to time. Weights are made once for all batch sizes of a layer.
+        device: where.
+        cuda_graph: replay calls from a CUDA graph, or launch each from Python.
+        progress: show a bar.
+        peers_us: times of other kernels, measured just before, to be put beside ours.
+        done: called with the report after every layer, so that a run that is cut off leaves what it has.
 
     Raises:
         ArithmeticError: a result was wrong.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    torch_times: dict[tuple[int, int, int, str], float] = {}
-    results: list[dict[str, Any]] = []
-    prepare(cases, device)
-    with torch.inference_mode(), tqdm(cases, unit="case", disable=not progress) as bar:
-        for case in bar:
-            bar.set_postfix_str(f"{case.N} x {case.K}, {case.bits} bits, M = {case.M}")
-            stored, packed = random_layer(case, device)
-            error = verify(case, stored, packed)
-            key = (case.M, case.N, case.K, case.dtype)
-            if key not in torch_times:
-                torch_times[key] = time_calls(_torch_calls(case, device), device, cuda_graph)["us"]
-            times = time_calls(_rotating_calls(case, packed, device), device, cuda_graph)
-            row = {"kernel": "matgptq", **asdict(case), **times, "floor_us": floor_us(case, name)}
-            results.append({**row, "torch_us": torch_times[key], "relative_error": error})
+    weights: dict[tuple[int, int, str], dict[Case, list[Case]]] = {}  # dense weight -> layer (M = 0) -> its cases
+    for case in dict.fromkeys(cases):
+        layers = weights.setdefault((case.N, case.K, case.dtype), {})
+        layers.setdefault(replace(case, M=0), []).append(case)
+    every = [case for layers in weights.values() for group in layers.values() for case in group]
+    report = new_report(device, cuda_graph)
+    prepare(every, device)
+    with torch.inference_mode(), tqdm(total=len(every), unit="case", disable=not progress) as bar:
+        for (N, K, dtype), layers in weights.items():
+            bar.set_postfix_str(f"{N} x {K}, torch")
+            batches = sorted({case.M for group in layers.values() for case in group})
+            torch_us = _torch_times([Case(m, N, K, 16, dtype) for m in batches], device, cuda_graph)
+            for layer, group in layers.items():
+                bar.set_postfix_str(f"{N} x {K}, {layer.bits} bits")
+                for case, row in _measure_layer(layer, group, device, cuda_graph):
+                    row |= {"floor_us": floor_us(case, report["device"]), "torch_us": torch_us[case.M]}
+                    row["peers_us"] = dict((peers_us or {}).get(case, {}))
+                    report["results"].append({"kernel": "matgptq", **asdict(case), **row})
+                    bar.update()
+                done(report)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return report
+
+
+def new_report(device: torch.device, cuda_graph: bool = True) -> dict[str, Any]:
+    """A report without results: what was measured, where and when."""
+    gpu = device.type == "cuda"
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if gpu else "CPU",
         "torch": torch.__version__,
         "commit": measured_commit(),
         "date": date.today().isoformat(),
-        "cuda_graph": cuda_graph and device.type == "cuda",
-        "rotation_bytes": ROTATION_BYTES if device.type == "cuda" else 0,
-        "results": results,
+        "cuda_graph": cuda_graph and gpu,
+        "rotation_bytes": ROTATION_BYTES if gpu else 0,
+        "results": [],
     }
 
 
-def _copies(nbytes: int, device: torch.device) -> int:
+def copies(nbytes: int, device: torch.device) -> int:
     """How many weights take turns: enough to leave every cache of a GPU, one on a CPU."""
     return max(2, -(-ROTATION_BYTES // nbytes)) if device.type == "cuda" else 1
 
 
-def _rotating_calls(case: Case, packed: PackedLinear, device: torch.device) -> list[Callable[[], Tensor]]:
-    x = torch.randn(case.M, case.K, device=device, dtype=case.torch_dtype)
-    read = packed.planes.nbytes * case.bits // packed.planes.shape[2]
-    layers = [packed]
-    while len(layers) < _copies(read, device):
-        layer = copy.copy(packed)
-        layer._buffers = dict(packed._buffers)
-        layer.planes = torch.randint_like(packed.planes, -(2**31), 2**31 - 1)
-        layers.append(layer)
-    return [partial(layer, x) for layer in layers]
+def _measure_layer(
+    layer: Case, cases: Sequence[Case], device: torch.device, cuda_graph: bool
+) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """Each case of a layer with its times and error: one set of weights, one reference for all tokens."""
+    stored, packed = random_layer(layer, device)
+    xs = [tokens(case, device) for case in cases]
+    wants = reference(layer, stored, torch.cat(xs)).split([case.M for case in cases])
+    del stored
+    errors = [check(case, packed, x, want) for case, x, want in zip(cases, xs, wants, strict=True)]
+    del wants
+    turns = [packed]
+    for _ in range(1, copies(packed.planes.nbytes * layer.bits // packed.planes.shape[2], device)):
+        turn = copy.copy(packed)
+        turn._buffers = dict(packed._buffers)
+        turn.planes = torch.randint_like(packed.planes, -(2**31), 2**31 - 1)
+        turns.append(turn)
+    for case, x, error in zip(cases, xs, errors, strict=True):
+        times = time_calls([partial(turn, x) for turn in turns], device, cuda_graph)
+        yield case, {**times, "relative_error": error}
 
 
-def _torch_calls(case: Case, device: torch.device) -> list[Callable[[], Tensor]]:
-    x = torch.randn(case.M, case.K, device=device, dtype=case.torch_dtype)
-    count = _copies(case.N * case.K * 2, device)
-    weights = [torch.randn(case.N, case.K, device=device, dtype=case.torch_dtype) for _ in range(count)]
-    return [partial(torch.nn.functional.linear, x, weight) for weight in weights]
+def _torch_times(cases: Sequence[Case], device: torch.device, cuda_graph: bool) -> dict[int, float]:
+    """Microseconds of `torch.nn.functional.linear` by tokens, for one shape and type."""
+    first = cases[0]
+    weights = [
+        torch.randn(first.N, first.K, device=device, dtype=first.torch_dtype)
+        for _ in range(copies(first.N * first.K * 2, device))
+    ]
+    times = {}
+    for case in cases:
+        x = tokens(case, device)
+        calls = [partial(torch.nn.functional.linear, x, weight) for weight in weights]
+        times[case.M] = time_calls(calls, device, cuda_graph)["us"]
+    return times
 
 
 def call_cost(device: torch.device, calls: int = 300) -> dict[str, float]:
@@ -268,17 +332,18 @@ def measured_commit() -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text: microseconds and speed-up over torch, a row a shape and width, a column a batch size."""
+    """The report as text: microseconds and speed-up over torch, a row a layer and width, a column a batch size."""
     rows: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
     for r in report["results"]:
-        rows.setdefault((r["N"], r["K"], r["bits"], r["dtype"], r["mode"]), {})[r["M"]] = r
+        key = (f"{r['N']} x {r['K']}", r["bits"], r["dtype"], r["group_size"], r["mode"])
+        rows.setdefault(key, {})[r["M"]] = r
     batches = sorted({r["M"] for r in report["results"]})
     lines = [f"{report['device']}, microseconds (speed-up over torch)"]
-    lines.append(f"{'N x K':>14} {'bits':>4} {'type':>8} {'mode':>8}" + "".join(f"{f'M={m}':>16}" for m in batches))
-    for (n, k, bits, dtype, mode), by_batch in rows.items():
+    lines.append(f"{'N x K':>14} bits {'type':>8} group {'mode':>8}" + "".join(f"{f'M={m}':>16}" for m in batches))
+    for (shape, bits, dtype, group_size, mode), by_batch in rows.items():
         cells = [by_batch.get(m) for m in batches]
         shown = [f"{c['us']:.1f} ({c['torch_us'] / c['us']:.2f}x)" if c else "" for c in cells]
-        lines.append(f"{f'{n} x {k}':>14} {bits:>4} {dtype:>8} {mode:>8}" + "".join(f"{s:>16}" for s in shown))
+        lines.append(f"{shape:>14} {bits:>4} {dtype:>8} {group_size:>5} {mode:>8}" + "".join(f"{s:>16}" for s in shown))
     return "\n".join(lines)
 
 
@@ -300,8 +365,10 @@ def plot(report: dict[str, Any], paths: Iterable[Path], title: str) -> None:
 
 
 def write(report: dict[str, Any], path: Path) -> None:
-    """Write a report as JSON, a result a line."""
+    """Write a report as JSON, a result a line; a reader sees the file before or after, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = json.dumps({**report, "results": []})[:-2]
     rows = ",\n".join(json.dumps(row) for row in report["results"])
-    path.write_text(f"{head}\n{rows}\n]}}\n", encoding="utf-8")
+    whole = path.with_suffix(".part")
+    whole.write_text(f"{head}\n{rows}\n]}}\n", encoding="utf-8")
+    whole.replace(path)

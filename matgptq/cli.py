@@ -1,4 +1,4 @@
-"""Command line: ``matgptq quantize | slice | convert | generate | eval | info``.
+"""Command line: ``matgptq quantize | slice | convert | generate | eval | info | dummy | bench``.
 
 Thin over the library. With ``--json`` the last line of the output is one JSON object. An error that the user can mend
 is one line on standard error and exit status 2.
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import __version__
+from . import __version__, bench_linear
 from .checkpoint import check_folder
 from .config import QuantConfig, read_widths
 from .folder import slice_folder
@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"matgptq {options.command}: error: {error}", file=sys.stderr)
         return 2
+    except ArithmeticError as error:  # a kernel's result was wrong
+        print(f"matgptq {options.command}: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"matgptq {options.command}: interrupted", file=sys.stderr)
         return 130
@@ -389,6 +392,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", help="where to draw the numbers (a GPU if there is one)")
     sub.add_argument("--seed", type=int, default=0, help="of the random numbers")
     sub.add_argument("--config-only", action="store_true", help="config.json alone: vLLM makes up weights itself")
+
+    sub = command("bench", bench_linear.run, "Verify, then time one quantised linear layer against torch.matmul.")
+    bench_linear.add_options(sub)
     return parser
 
 

@@ -34,7 +34,7 @@ def test_it_runs_as_a_module_and_says_its_version():
     assert done.stdout.startswith("matgptq 0.")
 
 
-@pytest.mark.parametrize("command", ["quantize", "slice", "convert", "generate", "eval", "info"])
+@pytest.mark.parametrize("command", ["quantize", "slice", "convert", "generate", "eval", "info", "bench"])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
