@@ -1,6 +1,6 @@
 # make demo   fetch a small real model, quantise it, and ask it a question at 8, 6, 4, 3 and 2 bits
 # make test   run the whole suite
-# make gpu-check   check the kernels on this machine's CUDA GPU, and time them; $(PYTHON) must have torch and .[dev]
+# make gpu-check   all that this machine's CUDA GPU can show, about 8 minutes; $(PYTHON) must have torch and .[dev]
 # The first two make their own virtual environment in $(VENV). TORCH chooses the build: make test TORCH=torch==2.13.0
 TORCH ?= torch
 PYTHON ?= python3
@@ -21,16 +21,12 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# --report-api-errors no: cuda-bindings asks the driver for entry points that it may not have
+# A part alone: make gpu-check PARTS=call. The part generate needs $(NESTED), which make demo makes
+PARTS ?= tests script checks sanitizer call compile bench ratios generate
+NESTED ?= $(MODEL)-MatGPTQ
+
 gpu-check:
-	PYTHONPATH=. $(PYTHON) -m pytest -q tests/test_gpu.py tests/test_packed.py
-	PYTHONPATH=. $(PYTHON) test_matgptq_matmul.py
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py --out build/gpu_check.json
-	@if command -v compute-sanitizer > /dev/null; then set -ex; export PYTHONPATH=.; \
-	  compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 $(PYTHON) benchmarks/sanitize.py; \
-	  compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) benchmarks/sanitize.py; \
-	  compute-sanitizer --tool initcheck --error-exitcode 1 $(PYTHON) benchmarks/sanitize.py; \
-	else echo "no compute-sanitizer on PATH: not run"; fi
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py --only $(PARTS) $(if $(wildcard $(NESTED)),--model $(NESTED))
 
 # torch goes first and alone, so that the build that $(TORCH) names is the one that stays
 $(VENV)/ready: pyproject.toml

@@ -1,9 +1,10 @@
-"""Check the CUDA kernels on this machine's GPU, then time them.
+"""All that a GPU can show of the kernels: checks, times, and a table of what came out.
 
-    python benchmarks/gpu_check.py --out build/gpu_check.json
+    PYTHONPATH=. python benchmarks/gpu_check.py                            # every part, as make gpu-check does
+    PYTHONPATH=. python benchmarks/gpu_check.py --only checks call
 
-The checks run at every width, dtype, rule and way of holding weights. Times are of CUDA-graph replays over rotating
-weights. Exits with 1 if a check fails, and with 2 if there is no CUDA GPU.
+The results go to build/gpu_check: summary.json, linear.json, ratios.json. Exits with 1 if a part fails, and with 2 if
+there is no CUDA GPU.
 """
 
 from __future__ import annotations
@@ -11,442 +12,226 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import fields, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from kernel_checks import (
+    Checks,
+    check_decoding,
+    check_determinism,
+    check_graph,
+    check_older_gpus,
+    check_products,
+    problem_of,
+)
 
-from matgptq.kernels.launch import Launcher
-from matgptq.kernels.matmul import matmul, warmup
-from matgptq.kernels.packing import pack_codes, pack_scales, unpack
-from matgptq.kernels.tiles import Config, Problem, choose
-from matgptq.slicing import slice_codes
+from matgptq.bench import Case, call_cost, measure, measured_commit, target_us, write
+from matgptq.bench_linear import MODELS
+from matgptq.kernels.matmul import warmup
 
-SHAPES = [(2048, 2048), (4096, 4096), (8192, 8192), (16384, 16384), (6144, 4096), (28672, 4096), (4096, 14336)]
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3}
-
-
-class Layer:
-    """A random layer and its float64 weights."""
-
-    def __init__(
-        self,
-        N: int,
-        K: int,
-        bits: int,
-        dtype: str = "float16",
-        group_size: int = 128,
-        rule: str = "round",
-        resident: bool = False,
-        zeros: bool = False,
-        bias: bool = False,
-        seed: int = 0,
-    ) -> None:
-        make = torch.Generator("cuda").manual_seed(seed)
-        codes = torch.randint(0, 256, (N, K), dtype=torch.uint8, device="cuda", generator=make)
-        groups = 1 if group_size == -1 else K // group_size
-        scales = (torch.rand((N, groups), device="cuda", generator=make) * 0.01 + 0.002).to(DTYPES[dtype])
-        zero = (
-            torch.rand((N, groups), device="cuda", generator=make) * 60 + 98
-            if zeros
-            else torch.full((N, groups), 128.0, device="cuda")
-        )
-        self.scales, self.zeros = pack_scales(scales), pack_scales(zero) if zeros else None
-        self.bias = torch.randn(N, device="cuda", generator=make).to(DTYPES[dtype]) if bias else None
-        self.slices = slice_codes(codes, bits, rule)
-        self.planes = pack_codes(codes, 8) if resident else pack_codes(self.slices, bits)
-        level = self.slices.double() * 2 ** (8 - bits) + ((2 ** (8 - bits) - 1) / 2 if rule == "prefix" else 0)
-        per_column = K if group_size == -1 else group_size
-        self.weight = (level - zero.double().repeat_interleave(per_column, 1)) * scales.double().repeat_interleave(
-            per_column, 1
-        )
-        self.options: dict[str, Any] = {
-            "bits": bits,
-            "group_size": group_size,
-            "in_features": K,
-            "out_features": N,
-            "rule": rule,
-            "resident": resident,
-        }
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The kernels' product."""
-        return matmul(x, self.planes, self.scales, self.zeros, self.bias, **self.options)
-
-    def reference(self, x: Tensor) -> Tensor:
-        """The product in float64."""
-        y = x.double() @ self.weight.T
-        return y if self.bias is None else y + self.bias.double()
+HERE = Path(__file__).parent
 
 
-def problem_of(layer: dict[str, Any], M: int) -> Problem:
-    """The kernels' problem for a layer's options and M tokens."""
-    major, minor = torch.cuda.get_device_capability()
-    return Problem(
-        M, sm=10 * major + minor, **{name: value for name, value in layer.items() if name not in ("bias", "seed")}
-    )
+class Failed(Exception):
+    """A part did not come out as it must."""
 
 
-def poison() -> None:
-    """Leaves NaN in the memory that the next outputs are likely to be given."""
-    trash = [torch.full((size,), float("nan"), device="cuda") for size in (1 << 10, 1 << 14, 1 << 18, 1 << 20)]
-    del trash
+def command(*words: str, **environment: str) -> str:
+    """Run a command, show its output as it comes, and return it; raises Failed if it fails."""
+    lines = []
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment}
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    if process.returncode:
+        raise Failed(f"exit status {process.returncode}")
+    return "".join(lines)
 
 
-def relative_error(y: Tensor, reference: Tensor) -> float:
-    """Norm of the difference over that of the reference."""
-    return float((y.double() - reference).norm() / reference.norm())
+def last_line(output: str) -> str:
+    """The last line that is not blank."""
+    return next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "")
 
 
-class Checks:
-    """What was checked, and what failed."""
-
-    def __init__(self) -> None:
-        self.run = 0
-        self.failures: list[str] = []
-        self.worst: dict[str, float] = {}
-
-    def expect(self, condition: bool, name: str) -> None:
-        """Count a check; keep and print its name if it failed."""
-        self.run += 1
-        if not condition:
-            self.failures.append(name)
-            if len(self.failures) <= 40:
-                print("FAILED", name, flush=True)
-
-    def close(self, layer: Layer, x: Tensor, name: str) -> None:
-        """Compare a product with float64."""
-        poison()
-        dtype = str(x.dtype).split(".")[-1]
-        error = relative_error(layer(x), layer.reference(x))
-        self.worst[dtype] = max(self.worst.get(dtype, 0), error)
-        self.expect(error <= TOLERANCE[dtype], f"{name}: relative error {error:.2e}")
+def part_tests(options: argparse.Namespace) -> str:
+    """Layers and models on the GPU: graphs, torch.compile(fullgraph=True), torch.export, tokens of the CPU op."""
+    return last_line(command(sys.executable, "-m", "pytest", "tests/test_gpu.py", "tests/test_packed.py"))
 
 
-def tokens(M: int, K: int, dtype: str, seed: int = 1) -> Tensor:
-    """Normal random activations."""
-    return torch.randn((M, K), device="cuda", generator=torch.Generator("cuda").manual_seed(seed)).to(DTYPES[dtype])
+def part_script(options: argparse.Namespace) -> str:
+    """The correctness script at the root."""
+    return last_line(command(sys.executable, "test_matgptq_matmul.py"))
 
 
-def check_decoding(checks: Checks) -> None:
-    """One-hot activations: the outputs are the weights, bit for bit."""
-    N, K = 200, 256
-    cases = list(itertools.product(range(2, 9), DTYPES, ("round", "prefix"), (False, True)))
-    warmup(
-        [
-            problem_of({"N": N, "K": K, "bits": b, "dtype": d, "group_size": 64, "rule": r, "resident": h}, K)
-            for b, d, r, h in cases
-        ]
-    )
-    for bits, dtype, rule, resident in cases:
-        layer = Layer(N, K, bits, dtype, 64, rule, resident)
-        y = layer(torch.eye(K, device="cuda", dtype=DTYPES[dtype]))
-        wrong = float((layer.weight.to(DTYPES[dtype]) != y.T).float().mean())
-        checks.expect(wrong == 0, f"one-hot {bits=} {dtype} {rule} {resident=}: {wrong:.3f} differ")
-        checks.expect(
-            torch.equal(unpack(layer.planes, N, K) >> (8 - bits if resident else 0), layer.slices)
-            or (resident and rule == "round"),
-            "unpack on GPU",
-        )
-
-
-def product_cases(quick: bool) -> Iterator[tuple[dict[str, Any], int]]:
-    """(layer options, M) of the comparisons with float64."""
-    for dtype, bits in itertools.product(DTYPES, range(2, 9)):
-        for M in range(1, 71, 7 if quick else 1):
-            layer = {
-                "N": 320,
-                "K": 512,
-                "bits": bits,
-                "dtype": dtype,
-                "resident": M % 2 == 0,
-                "rule": ("round", "prefix")[M // 2 % 2],
-                "bias": M % 3 == 0,
-            }
-            yield layer, M
-    holds = ((False, "round"), (True, "round"), (True, "prefix"))
-    for dtype, bits in itertools.product(DTYPES, (2, 4, 7) if quick else range(2, 9)):
-        for group_size, zeros, (resident, rule) in itertools.product((-1, 16, 48, 32, 64, 128), (False, True), holds):
-            layer = {
-                "N": 192,
-                "K": 1152,
-                "bits": bits,
-                "dtype": dtype,
-                "group_size": group_size,
-                "zeros": zeros,
-                "resident": resident,
-                "rule": rule,
-                "bias": True,
-            }
-            yield layer, 5
-    shapes = [
-        (1, 16),
-        (17, 48),
-        (192, 576),
-        (576, 192),
-        (576, 1536),
-        (1536, 576),
-        (100, 208),
-        (4096, 4096),
-        (1000, 14336),
-        (130, 33024),
-    ]
-    for (N, K), bits, M in itertools.product(shapes, (2, 3, 4, 6, 8), (1, 3, 16, 33, 130)):
-        yield {"N": N, "K": K, "bits": bits, "group_size": 16 if K % 64 else 64}, M
-
-
-def check_products(checks: Checks, quick: bool) -> None:
-    """Products against float64, with large, shifted, small and subnormal activations as well."""
-    cases = list(product_cases(quick))
-    sm = problem_of({"N": 1, "K": 16, "bits": 2}, 1).sm
-    start = time.time()
-    warmup([problem_of(layer, M) for layer, M in cases])
-    print(f"warmup of {len(cases)} problems, sm_{sm}: {time.time() - start:.1f} s", flush=True)
-    for options, M in cases:
-        layer = Layer(**options)
-        checks.close(layer, tokens(M, options["K"], options.get("dtype", "float16")), f"{options} {M=}")
-    for bits, dtype in itertools.product((2, 3, 4, 8), DTYPES):
-        layer = Layer(256, 2048, bits, dtype)
-        checks.close(layer, tokens(8, 2048, dtype) * 300, f"large x {bits=} {dtype}")
-        checks.close(layer, tokens(8, 2048, dtype) + 3, f"shifted x {bits=} {dtype}")
-        if dtype == "bfloat16":
-            checks.close(layer, tokens(8, 2048, dtype) * 1e-5, f"small x {bits=} {dtype}")
-        x = (torch.randint(-60, 60, (4, 2048), device="cuda") * 2.0**-24).to(DTYPES[dtype])  # fp16 subnormals
-        got, want = layer(x).double(), layer.reference(x)
-        checks.expect(
-            bool((got - want).abs().max() <= want.abs().max() * 2**-8 + 2.0**-25), f"subnormals {bits=} {dtype}"
-        )
-
-
-def check_older_gpus(checks: Checks) -> None:
-    """The tiles of GPUs without clusters or programmatic launches, run on this one."""
-    for sm, bits, M in itertools.product((80, 86), (2, 4, 7), (1, 9, 40)):
-        options: dict[str, Any] = {"N": 320, "K": 2048, "bits": bits, "resident": bits == 4, "zeros": bits == 7}
-        layer, x, here = Layer(**options), tokens(M, 2048, "float16"), problem_of(options, M)
-        launcher = Launcher(here, choose(replace(here, sm=sm)), 0, programmatic=False)
-        y = torch.full((M, 320), float("nan"), device="cuda", dtype=torch.float16)
-        zeros = 0 if layer.zeros is None else layer.zeros.data_ptr()
-        stream = torch.cuda.current_stream().cuda_stream
-        launcher(stream, M, x.data_ptr(), layer.planes.data_ptr(), layer.scales.data_ptr(), zeros, 0, y.data_ptr())
-        error = relative_error(y, layer.reference(x))
-        checks.expect(error <= TOLERANCE["float16"], f"tiles of sm_{sm} {bits=} {M=}: relative error {error:.2e}")
-
-
-def check_determinism(checks: Checks) -> None:
-    """The same bits again, and a row's whatever the other rows hold."""
-    for bits, M, (N, K) in itertools.product((2, 4, 8), (1, 5, 16, 40), ((512, 4096), (4096, 4096))):
-        layer, x = Layer(N, K, bits), tokens(M, K, "float16")
-        first = layer(x)
-        checks.expect(all(torch.equal(layer(x), first) for _ in range(5)), f"same bits again {bits=} {M=} {N}x{K}")
-        other = tokens(M, K, "float16", seed=9) * 50
-        other[M // 2] = x[M // 2]
-        checks.expect(torch.equal(layer(other)[M // 2], first[M // 2]), f"a row alone {bits=} {M=} {N}x{K}")
-
-
-def check_graph(checks: Checks) -> None:
-    """Chained layers in a CUDA graph, with programmatic launches between ours and torch's kernels between."""
-    layers = [Layer(1024, 1024, bits, seed=bits) for bits in (2, 3, 4, 8)]
-    x = tokens(4, 1024, "float16")
-
-    def chain(v: Tensor) -> Tensor:
-        for layer in layers:
-            v = layer(layer(v)) * 0.5
-            v = v / v.abs().amax()
-        return v
-
-    want = chain(x)
-    graph, out = torch.cuda.CUDAGraph(), torch.empty_like(want)
-    with torch.cuda.graph(graph):
-        out = chain(x)
-    for _ in range(20):
-        out.fill_(float("nan"))
-        graph.replay()
-        checks.expect(torch.equal(out, want), "graph replay")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        side = chain(x)
-    stream.synchronize()
-    checks.expect(torch.equal(side, want), "another stream")
-
-
-class Bench:
-    """Time per call by CUDA graph over rotating weights, so that they come from memory and not from the L2."""
-
-    def __init__(self, pool_bytes: int = 1 << 29) -> None:
-        make = torch.Generator("cuda").manual_seed(7)
-        self.pool = torch.randint(
-            -(2**31), 2**31 - 1, (pool_bytes // 4,), dtype=torch.int32, device="cuda", generator=make
-        )
-        self.scales = {
-            d: (torch.rand(1 << 26, device="cuda", generator=make) * 0.01 + 0.002).to(d) for d in DTYPES.values()
-        }
-
-    def __call__(
-        self, problem: Problem, config: Config | None = None, programmatic: bool = True, replays: int = 7
-    ) -> dict[str, float]:
-        """Microseconds of a call: median, least and most."""
-        p = problem
-        dtype = DTYPES[p.dtype]
-        launcher = Launcher(p, config or choose(p), 0, programmatic)
-        words = p.row_tiles * p.k_tiles * 128
-        held = words * (8 if p.resident else p.bits)
-        copies = min(
-            max(-(-(240 << 20) // (words * p.planes * 4)), 2),
-            self.pool.numel() // held,
-            (1 << 26) // (p.row_tiles * 64 * p.groups),
-        )
-        copies = max(copies, 1)
-        x = torch.randn((p.M, p.K), device="cuda").to(dtype)
-        y = torch.empty((copies, p.M, p.N), device="cuda", dtype=dtype)
-        scales = self.scales[dtype]
-
-        def calls() -> None:
-            stream = torch.cuda.current_stream().cuda_stream
-            for i in range(copies):
-                planes = self.pool.data_ptr() + i * held * 4
-                launcher(
-                    stream,
-                    p.M,
-                    x.data_ptr(),
-                    planes,
-                    scales.data_ptr() + i * p.row_tiles * 64 * p.groups * 2,
-                    0,
-                    0,
-                    y[i].data_ptr(),
-                )
-
-        return time_graph(calls, copies, replays)
-
-
-def time_graph(calls: Callable[[], None], count: int, replays: int = 7) -> dict[str, float]:
-    """Replay a graph of ``count`` calls: microseconds of one."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        calls()
-    times = []
-    for _ in range(replays + 1):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / count)
-    times = times[1:]
-    return {"us": statistics.median(times), "us_min": min(times), "us_max": max(times)}
-
-
-def floor_us(p: Problem) -> float:
-    """The H200's roofline: bytes at the card's copy rate, or products at cuBLAS's rate."""
-    scale_bytes = 2 / (p.K if p.group_size == -1 else p.group_size)
-    moved = p.N * p.K * (p.planes / 8 + scale_bytes) + 2 * p.M * (p.N + p.K)
-    return max(moved / 4.27e12, 2 * p.M * p.N * p.K / 6.6e14) * 1e6
-
-
-def launch_cost(calls: int = 2000) -> float:
-    """CPU microseconds of an eager call."""
-    layer, x = Layer(256, 256, 4), tokens(1, 256, "float16")
-    layer(x)
+def part_checks(options: argparse.Namespace) -> str:
+    """The kernels' own checks."""
+    checks = Checks()
+    check_decoding(checks)
+    check_products(checks, options.quick)
+    check_older_gpus(checks)
+    check_determinism(checks)
+    check_graph(checks)
     torch.cuda.synchronize()
+    worst = ", ".join(f"{error:.1e} {dtype}" for dtype, error in checks.worst.items())
+    if checks.failures:
+        raise Failed(f"{len(checks.failures)} of {checks.run} failed, worst relative error {worst}")
+    return f"{checks.run} passed, worst relative error {worst}"
+
+
+def part_sanitizer(options: argparse.Namespace) -> str:
+    """compute-sanitizer's memcheck, racecheck and initcheck on a few calls."""
+    if not shutil.which("compute-sanitizer"):
+        return "NOT RUN: no compute-sanitizer on PATH"
+    script = str(HERE / "sanitize.py")
+    for tool in ("memcheck", "racecheck", "initcheck"):
+        # --report-api-errors no: cuda-bindings asks the driver for entry points that it may not have
+        quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
+        command("compute-sanitizer", "--tool", tool, *quiet, "--error-exitcode", "1", sys.executable, script)
+    return "memcheck, racecheck and initcheck clean"
+
+
+def part_call(options: argparse.Namespace) -> str:
+    """CPU time of an eager call."""
+    return ", ".join(f"{name} {us:.1f}" for name, us in call_cost(torch.device("cuda")).items()) + " us of CPU"
+
+
+def part_compile(options: argparse.Namespace) -> str:
+    """Time to compile what an 8B model needs at widths 2, 3, 4, 6 and 8, from nothing and from the cache."""
+    script = "from gpu_check import warm_8b; print(warm_8b())"
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '.')}"
+        cold, warm = (
+            last_line(command(sys.executable, "-c", script, MATGPTQ_CACHE=folder, PYTHONPATH=path)) for _ in range(2)
+        )
+        count = len(list(Path(folder).glob("*.cubin")))
+    return f"{count} variants of an 8B model: {cold} s from nothing, {warm} s from the cache"
+
+
+def warm_8b() -> float:
+    """Seconds to make the kernels of Llama-3.1-8B ready in this process."""
+    torch.cuda.synchronize()
+    shapes, batches = MODELS["llama-3.1-8b"], (1, 2, 4, 8, 16, 32, 64)
     start = time.perf_counter()
-    for _ in range(calls):
-        layer(x)
-    cost = (time.perf_counter() - start) / calls * 1e6
-    torch.cuda.synchronize()
-    return cost
+    for resident in (False, True):
+        layers = [
+            {"N": N, "K": K, "bits": bits, "resident": resident}
+            for (N, K), bits in itertools.product(shapes, (2, 3, 4, 6, 8))
+        ]
+        warmup([problem_of(layer, M) for layer, M in itertools.product(layers, batches)])
+    return round(time.perf_counter() - start, 2)
 
 
-def target_us(p: Problem) -> float:
-    """What the project asks of a kernel."""
-    return 1.05 * floor_us(p) + 1.5 if p.M <= 16 else 1.5 * floor_us(p) + 2
+def part_bench(options: argparse.Namespace) -> str:
+    """``matgptq bench linear``: times against the target, cuBLAS and Humming."""
+    out = options.results / "linear.json"
+    command(
+        sys.executable, "-m", "matgptq.cli", "bench", "linear", "--quiet", "--out", str(out), *options.bench_options
+    )
+    rows = json.loads(out.read_text())["results"]
+    rows = [row for row in rows if row["mode"] == "packed" and row["dtype"] == "float16"]
+    beaten = [row for row in rows if "humming" in row["peers_us"]]
+    counts = [f"faster than cuBLAS at {sum(r['us'] < r['torch_us'] for r in rows)} of {len(rows)} points"]
+    if beaten:
+        faster = sum(r["us"] < r["peers_us"]["humming"] for r in beaten)
+        counts.append(f"than Humming at {faster} of {len(beaten)}")
+    floors = [row for row in rows if row["floor_us"]]
+    if floors:
+        counts.append(f"target met at {sum(r['us'] <= target_us(r) for r in floors)} of {len(floors)}")
+    return ", ".join(counts)
 
 
-def bench_shapes() -> list[dict[str, Any]]:
-    """Times of fp16, packed, groups of 128; ``!`` marks those over the target in brackets."""
-    bench = Bench()
-    results: list[dict[str, Any]] = []
-    for (N, K), bits in itertools.product(SHAPES, range(2, 9)):
-        row = []
-        for M in (1, 2, 4, 8, 16, 32, 64):
-            p = Problem(M, N, K, bits)
-            timed, target = bench(p), target_us(p)
-            results.append({**asdict(p), **asdict(choose(p)), **timed, "floor_us": floor_us(p), "target_us": target})
-            row.append(f"{timed['us']:6.1f}{' ' if timed['us'] <= target else '!'}({target:.1f})")
-        print(f"{N:6d}x{K:<6d} {bits} bits", *row, flush=True)
-    return results
-
-
-def bench_ratios() -> list[dict[str, Any]]:
-    """Times of other kinds of problem over that of fp16, packed, groups of 128, launches that overlap."""
-    bench = Bench()
-    results: list[dict[str, Any]] = []
+def part_ratios(options: argparse.Namespace) -> str:
+    """Times of other kinds of problem over those of fp16, packed, groups of 128."""
     kinds: dict[str, dict[str, Any]] = {
         "bfloat16": {"dtype": "bfloat16"},
-        "resident prefix": {"resident": True, "rule": "prefix"},
-        "resident round": {"resident": True},
+        "resident": {"mode": "resident"},
         "groups of 64": {"group_size": 64},
         "groups of 32": {"group_size": 32},
         "one group": {"group_size": -1},
     }
-    for size, M, bits in itertools.product((4096, 8192, 16384), (1, 8, 16), (2, 3, 4, 6, 8)):
-        plain = bench(Problem(M, size, size, bits))["us"]
-        row: dict[str, Any] = {"size": size, "M": M, "bits": bits, "us": plain}
-        for name, kind in kinds.items():
-            row[name] = bench(Problem(M, size, size, bits, **kind))["us"] / plain
-        row["no overlap of launches"] = bench(Problem(M, size, size, bits), programmatic=False)["us"] / plain
-        results.append(row)
-        print(
-            *(f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()),
-            flush=True,
-        )
-    return results
+    points = itertools.product((8, 16), (4096, 8192), (2, 3, 4, 6, 8)) if options.quick else ()
+    points = points or itertools.product((1, 8, 16), (4096, 8192, 16384), (2, 3, 4, 6, 8))
+    plain = [Case(M, size, size, bits) for M, size, bits in points]
+    every = [*plain, *(replace(case, **kind) for kind in kinds.values() for case in plain)]
+    report = measure(every, torch.device("cuda"), progress=False)
+    write(report, options.results / "ratios.json")
+    names = [field.name for field in fields(Case)]
+    us = {Case(**{name: row[name] for name in names}): row["us"] for row in report["results"]}
+    said = []
+    for name, kind in kinds.items():
+        ratios = [us[replace(case, **kind)] / us[case] for case in plain]
+        said.append(f"{name} {statistics.median(ratios):.2f} (worst {max(ratios):.2f})")
+    return ", ".join(said)
 
 
-def main() -> None:
-    """Check, then time."""
+def part_generate(options: argparse.Namespace) -> str:
+    """Greedy answers of a quantised model at every width, at 8 and 4 bits the tokens of the CPU op."""
+    if options.model is None:
+        return "NOT RUN: no --model"
+    script = str(HERE / "generate_check.py")
+    widths = json.loads(last_line(command(sys.executable, script, str(options.model))))["widths"]
+    same = [bits for bits, row in widths.items() if row["same_as_cpu"]]
+    return f"answers at {len(widths)} widths, the CPU op's tokens at {' and '.join(same)} bits"
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], str]] = {
+    "tests": part_tests,
+    "script": part_script,
+    "checks": part_checks,
+    "sanitizer": part_sanitizer,
+    "call": part_call,
+    "compile": part_compile,
+    "bench": part_bench,
+    "ratios": part_ratios,
+    "generate": part_generate,
+}
+
+
+def main() -> int:
+    """Run the parts; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="build/gpu_check.json", help="JSON of the results")
-    parser.add_argument("--quick", action="store_true", help="fewer values of M")
-    parser.add_argument("--no-bench", action="store_true", help="checks only")
+    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="parts to run")
+    parser.add_argument("--results", type=Path, default=Path("build/gpu_check"), help="folder of what is written")
+    parser.add_argument("--quick", action="store_true", help="fewer points in checks and ratios")
+    parser.add_argument("--model", type=Path, help="quantised model folder for the part generate")
+    parser.add_argument("--bench-options", nargs=argparse.REMAINDER, default=[], help="for matgptq bench linear; last")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_check.py needs a CUDA GPU, and torch finds none", file=sys.stderr)
-        sys.exit(2)
-    checks = Checks()
-    for check in (
-        check_decoding,
-        lambda c: check_products(c, options.quick),
-        check_older_gpus,
-        check_determinism,
-        check_graph,
-    ):
-        start = time.time()
-        check(checks)
-        torch.cuda.synchronize()
-        print(f"{checks.run} checks, {len(checks.failures)} failures, {time.time() - start:.1f} s", flush=True)
-    print("worst relative error", checks.worst)
-    result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "failures": checks.failures,
-        "worst": checks.worst,
-        "results": [],
-    }
-    if not options.no_bench:
-        print(f"CPU time of a call: {launch_cost():.1f} us")
-        result["results"], result["ratios"] = bench_shapes(), bench_ratios()
-    out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result))
-    sys.exit(bool(checks.failures))
+        return 2
+    options.results.mkdir(parents=True, exist_ok=True)
+    summary: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    summary |= {"commit": measured_commit(), "date": date.today().isoformat(), "parts": {}}
+    for name in dict.fromkeys(options.only):
+        print(f"== {name}", flush=True)
+        start = time.perf_counter()
+        try:
+            passed, said = True, PARTS[name](options)
+        except Exception as error:  # the other parts are still worth running
+            passed, said = False, f"{type(error).__name__}: {error}"
+        torch.cuda.empty_cache()
+        seconds = round(time.perf_counter() - start, 1)
+        summary["parts"][name] = {"passed": passed, "seconds": seconds, "result": said}
+        (options.results / "summary.json").write_text(json.dumps(summary, indent=1))
+    print(f"\n{summary['device']}, torch {summary['torch']}, {summary['commit']}, {summary['date']}")
+    for name, part in summary["parts"].items():
+        print(f"{name:10} {'ok' if part['passed'] else 'FAILED':6} {part['seconds']:6.1f} s  {part['result']}")
+    return 0 if all(part["passed"] for part in summary["parts"].values()) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

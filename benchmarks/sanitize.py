@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from gpu_check import Checks, Layer, tokens
+from kernel_checks import Checks, Layer, tokens
 
 CASES = [  # bits, M, N, K, group_size, zeros, resident
     (2, 1, 4096, 1024, 128, False, False),

@@ -1,0 +1,268 @@
+"""The kernels' own checks: every width, type, rule and way of holding weights, against float64 and bit for bit.
+
+Run by ``benchmarks/gpu_check.py --only checks``; a few of them by ``benchmarks/sanitize.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matgptq.kernels.launch import Launcher
+from matgptq.kernels.matmul import matmul, warmup
+from matgptq.kernels.packing import pack_codes, pack_scales, unpack
+from matgptq.kernels.tiles import Problem, choose
+from matgptq.slicing import slice_codes
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3}
+
+
+class Layer:
+    """A random layer and its float64 weights."""
+
+    def __init__(
+        self,
+        N: int,
+        K: int,
+        bits: int,
+        dtype: str = "float16",
+        group_size: int = 128,
+        rule: str = "round",
+        resident: bool = False,
+        zeros: bool = False,
+        bias: bool = False,
+        seed: int = 0,
+    ) -> None:
+        make = torch.Generator("cuda").manual_seed(seed)
+        codes = torch.randint(0, 256, (N, K), dtype=torch.uint8, device="cuda", generator=make)
+        groups = 1 if group_size == -1 else K // group_size
+        scales = (torch.rand((N, groups), device="cuda", generator=make) * 0.01 + 0.002).to(DTYPES[dtype])
+        zero = (
+            torch.rand((N, groups), device="cuda", generator=make) * 60 + 98
+            if zeros
+            else torch.full((N, groups), 128.0, device="cuda")
+        )
+        self.scales, self.zeros = pack_scales(scales), pack_scales(zero) if zeros else None
+        self.bias = torch.randn(N, device="cuda", generator=make).to(DTYPES[dtype]) if bias else None
+        self.slices = slice_codes(codes, bits, rule)
+        self.planes = pack_codes(codes, 8) if resident else pack_codes(self.slices, bits)
+        level = self.slices.double() * 2 ** (8 - bits) + ((2 ** (8 - bits) - 1) / 2 if rule == "prefix" else 0)
+        per_column = K if group_size == -1 else group_size
+        self.weight = (level - zero.double().repeat_interleave(per_column, 1)) * scales.double().repeat_interleave(
+            per_column, 1
+        )
+        self.options: dict[str, Any] = {
+            "bits": bits,
+            "group_size": group_size,
+            "in_features": K,
+            "out_features": N,
+            "rule": rule,
+            "resident": resident,
+        }
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The kernels' product."""
+        return matmul(x, self.planes, self.scales, self.zeros, self.bias, **self.options)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The product in float64."""
+        y = x.double() @ self.weight.T
+        return y if self.bias is None else y + self.bias.double()
+
+
+def problem_of(layer: dict[str, Any], M: int) -> Problem:
+    """The kernels' problem for a layer's options and M tokens."""
+    major, minor = torch.cuda.get_device_capability()
+    return Problem(
+        M, sm=10 * major + minor, **{name: value for name, value in layer.items() if name not in ("bias", "seed")}
+    )
+
+
+def poison() -> None:
+    """Leaves NaN in the memory that the next outputs are likely to be given."""
+    trash = [torch.full((size,), float("nan"), device="cuda") for size in (1 << 10, 1 << 14, 1 << 18, 1 << 20)]
+    del trash
+
+
+def relative_error(y: Tensor, reference: Tensor) -> float:
+    """Norm of the difference over that of the reference."""
+    return float((y.double() - reference).norm() / reference.norm())
+
+
+class Checks:
+    """What was checked, and what failed."""
+
+    def __init__(self) -> None:
+        self.run = 0
+        self.failures: list[str] = []
+        self.worst: dict[str, float] = {}
+
+    def expect(self, condition: bool, name: str) -> None:
+        """Count a check; keep and print its name if it failed."""
+        self.run += 1
+        if not condition:
+            self.failures.append(name)
+            if len(self.failures) <= 40:
+                print("FAILED", name, flush=True)
+
+    def close(self, layer: Layer, x: Tensor, name: str) -> None:
+        """Compare a product with float64."""
+        poison()
+        dtype = str(x.dtype).split(".")[-1]
+        error = relative_error(layer(x), layer.reference(x))
+        self.worst[dtype] = max(self.worst.get(dtype, 0), error)
+        self.expect(error <= TOLERANCE[dtype], f"{name}: relative error {error:.2e}")
+
+
+def tokens(M: int, K: int, dtype: str, seed: int = 1) -> Tensor:
+    """Normal random activations."""
+    return torch.randn((M, K), device="cuda", generator=torch.Generator("cuda").manual_seed(seed)).to(DTYPES[dtype])
+
+
+def check_decoding(checks: Checks) -> None:
+    """One-hot activations: the outputs are the weights, bit for bit."""
+    N, K = 200, 256
+    cases = list(itertools.product(range(2, 9), DTYPES, ("round", "prefix"), (False, True)))
+    warmup(
+        [
+            problem_of({"N": N, "K": K, "bits": b, "dtype": d, "group_size": 64, "rule": r, "resident": h}, K)
+            for b, d, r, h in cases
+        ]
+    )
+    for bits, dtype, rule, resident in cases:
+        layer = Layer(N, K, bits, dtype, 64, rule, resident)
+        y = layer(torch.eye(K, device="cuda", dtype=DTYPES[dtype]))
+        wrong = float((layer.weight.to(DTYPES[dtype]) != y.T).float().mean())
+        checks.expect(wrong == 0, f"one-hot {bits=} {dtype} {rule} {resident=}: {wrong:.3f} differ")
+        checks.expect(
+            torch.equal(unpack(layer.planes, N, K) >> (8 - bits if resident else 0), layer.slices)
+            or (resident and rule == "round"),
+            "unpack on GPU",
+        )
+
+
+def product_cases(quick: bool) -> Iterator[tuple[dict[str, Any], int]]:
+    """(layer options, M) of the comparisons with float64."""
+    for dtype, bits in itertools.product(DTYPES, range(2, 9)):
+        for M in range(1, 71, 7 if quick else 1):
+            layer = {
+                "N": 320,
+                "K": 512,
+                "bits": bits,
+                "dtype": dtype,
+                "resident": M % 2 == 0,
+                "rule": ("round", "prefix")[M // 2 % 2],
+                "bias": M % 3 == 0,
+            }
+            yield layer, M
+    holds = ((False, "round"), (True, "round"), (True, "prefix"))
+    for dtype, bits in itertools.product(DTYPES, (2, 4, 7) if quick else range(2, 9)):
+        for group_size, zeros, (resident, rule) in itertools.product((-1, 16, 48, 32, 64, 128), (False, True), holds):
+            layer = {
+                "N": 192,
+                "K": 1152,
+                "bits": bits,
+                "dtype": dtype,
+                "group_size": group_size,
+                "zeros": zeros,
+                "resident": resident,
+                "rule": rule,
+                "bias": True,
+            }
+            yield layer, 5
+    shapes = [
+        (1, 16),
+        (17, 48),
+        (192, 576),
+        (576, 192),
+        (576, 1536),
+        (1536, 576),
+        (100, 208),
+        (4096, 4096),
+        (1000, 14336),
+        (130, 33024),
+    ]
+    for (N, K), bits, M in itertools.product(shapes, (2, 3, 4, 6, 8), (1, 3, 16, 33, 130)):
+        yield {"N": N, "K": K, "bits": bits, "group_size": 16 if K % 64 else 64}, M
+
+
+def check_products(checks: Checks, quick: bool) -> None:
+    """Products against float64, with large, shifted, small and subnormal activations as well."""
+    cases = list(product_cases(quick))
+    sm = problem_of({"N": 1, "K": 16, "bits": 2}, 1).sm
+    start = time.time()
+    warmup([problem_of(layer, M) for layer, M in cases])
+    print(f"warmup of {len(cases)} problems, sm_{sm}: {time.time() - start:.1f} s", flush=True)
+    for options, M in cases:
+        layer = Layer(**options)
+        checks.close(layer, tokens(M, options["K"], options.get("dtype", "float16")), f"{options} {M=}")
+    for bits, dtype in itertools.product((2, 3, 4, 8), DTYPES):
+        layer = Layer(256, 2048, bits, dtype)
+        checks.close(layer, tokens(8, 2048, dtype) * 300, f"large x {bits=} {dtype}")
+        checks.close(layer, tokens(8, 2048, dtype) + 3, f"shifted x {bits=} {dtype}")
+        if dtype == "bfloat16":
+            checks.close(layer, tokens(8, 2048, dtype) * 1e-5, f"small x {bits=} {dtype}")
+        x = (torch.randint(-60, 60, (4, 2048), device="cuda") * 2.0**-24).to(DTYPES[dtype])  # fp16 subnormals
+        got, want = layer(x).double(), layer.reference(x)
+        checks.expect(
+            bool((got - want).abs().max() <= want.abs().max() * 2**-8 + 2.0**-25), f"subnormals {bits=} {dtype}"
+        )
+
+
+def check_older_gpus(checks: Checks) -> None:
+    """The tiles of GPUs without clusters or programmatic launches, run on this one."""
+    for sm, bits, M in itertools.product((80, 86), (2, 4, 7), (1, 9, 40)):
+        options: dict[str, Any] = {"N": 320, "K": 2048, "bits": bits, "resident": bits == 4, "zeros": bits == 7}
+        layer, x, here = Layer(**options), tokens(M, 2048, "float16"), problem_of(options, M)
+        launcher = Launcher(here, choose(replace(here, sm=sm)), 0, programmatic=False)
+        y = torch.full((M, 320), float("nan"), device="cuda", dtype=torch.float16)
+        zeros = 0 if layer.zeros is None else layer.zeros.data_ptr()
+        stream = torch.cuda.current_stream().cuda_stream
+        launcher(stream, M, x.data_ptr(), layer.planes.data_ptr(), layer.scales.data_ptr(), zeros, 0, y.data_ptr())
+        error = relative_error(y, layer.reference(x))
+        checks.expect(error <= TOLERANCE["float16"], f"tiles of sm_{sm} {bits=} {M=}: relative error {error:.2e}")
+
+
+def check_determinism(checks: Checks) -> None:
+    """The same bits again, and a row's whatever the other rows hold."""
+    for bits, M, (N, K) in itertools.product((2, 4, 8), (1, 5, 16, 40), ((512, 4096), (4096, 4096))):
+        layer, x = Layer(N, K, bits), tokens(M, K, "float16")
+        first = layer(x)
+        checks.expect(all(torch.equal(layer(x), first) for _ in range(5)), f"same bits again {bits=} {M=} {N}x{K}")
+        other = tokens(M, K, "float16", seed=9) * 50
+        other[M // 2] = x[M // 2]
+        checks.expect(torch.equal(layer(other)[M // 2], first[M // 2]), f"a row alone {bits=} {M=} {N}x{K}")
+
+
+def check_graph(checks: Checks) -> None:
+    """Chained layers in a CUDA graph, with programmatic launches between ours and torch's kernels between."""
+    layers = [Layer(1024, 1024, bits, seed=bits) for bits in (2, 3, 4, 8)]
+    x = tokens(4, 1024, "float16")
+
+    def chain(v: Tensor) -> Tensor:
+        for layer in layers:
+            v = layer(layer(v)) * 0.5
+            v = v / v.abs().amax()
+        return v
+
+    want = chain(x)
+    graph, out = torch.cuda.CUDAGraph(), torch.empty_like(want)
+    with torch.cuda.graph(graph):
+        out = chain(x)
+    for _ in range(20):
+        out.fill_(float("nan"))
+        graph.replay()
+        checks.expect(torch.equal(out, want), "graph replay")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        side = chain(x)
+    stream.synchronize()
+    checks.expect(torch.equal(side, want), "another stream")

@@ -1,0 +1,104 @@
+"""The runner of ``make gpu-check`` and the script that compares answers, as far as they go without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import matgptq
+from matgptq.quantizer.pipeline import quantize
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def gpu_check(monkeypatch):
+    """The module, on a machine that says it has a GPU."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_check as module
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "no GPU")
+    return module
+
+
+def run(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *map(str, arguments)])
+    return module.main()
+
+
+def test_a_part_that_fails_does_not_stop_the_others(gpu_check, monkeypatch, tmp_path, capsys):
+    def fails(options):
+        raise gpu_check.Failed("3 of 9 failed")
+
+    monkeypatch.setitem(gpu_check.PARTS, "checks", fails)
+    monkeypatch.setitem(gpu_check.PARTS, "call", lambda options: "layer 4.0 us of CPU")
+    assert run(gpu_check, monkeypatch, "--only", "checks", "call", "--results", tmp_path / "out") == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-2].split()[:2] == ["checks", "FAILED"]
+    assert shown[-2].endswith("Failed: 3 of 9 failed")
+    assert shown[-1].split()[:2] == ["call", "ok"]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["device"] == "no GPU"
+    assert {name: part["passed"] for name, part in summary["parts"].items()} == {"checks": False, "call": True}
+    assert run(gpu_check, monkeypatch, "--only", "call", "--results", tmp_path / "out") == 0
+
+
+def test_the_part_bench_says_how_the_points_compare(gpu_check, monkeypatch, tmp_path, capsys):
+    shapes = ["--shapes", "96x64", "--group-sizes", "32", "--bits", "2", "3", "--batch-sizes", "1", "--device", "cpu"]
+    arguments = ["--only", "bench", "--results", tmp_path, "--bench-options", *shapes]
+    assert run(gpu_check, monkeypatch, *arguments) == 0
+    assert "of 2 points" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "linear.json").read_text())["results"]) == 2
+
+
+def test_what_is_not_there_is_said(gpu_check, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
+    assert run(gpu_check, monkeypatch, "--only", "sanitizer", "generate", "--results", tmp_path) == 0
+    shown = capsys.readouterr().out
+    assert "NOT RUN: no compute-sanitizer on PATH" in shown
+    assert "NOT RUN: no --model" in shown
+
+
+def test_a_command_that_fails_is_a_part_that_fails(gpu_check):
+    assert gpu_check.last_line(gpu_check.command(sys.executable, "-c", "print(1); print(2); print()")) == "2"
+    with pytest.raises(gpu_check.Failed, match="exit status 3"):
+        gpu_check.command(sys.executable, "-c", "raise SystemExit(3)")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+@pytest.mark.parametrize("script", ["gpu_check.py", "sanitize.py", "generate_check.py"])
+def test_without_a_gpu_it_says_so(script):
+    arguments = ["model"] if script == "generate_check.py" else []
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / script, *arguments],
+        env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert f"{script} needs a CUDA GPU, and torch finds none" in done.stderr
+
+
+def test_answers_are_compared_by_their_tokens(tiny_folder, tmp_path, monkeypatch, capsys):
+    quantize(tiny_folder, tmp_path / "nested", matgptq.Method(group_size=16, feedback=False), progress=False)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import generate_check
+
+    arguments = [str(tmp_path / "nested"), "--device", "cpu", "--new-tokens", "4", "--bits", "8", "4", "3"]
+    monkeypatch.setattr(sys, "argv", ["generate_check.py", *arguments])
+    assert generate_check.main() == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {bits: row["same_as_cpu"] for bits, row in said["widths"].items()} == {"8": True, "4": True, "3": None}
+    answers = generate_check.answers
+
+    def differs(model, inputs, widths, new_tokens):
+        found = answers(model, inputs, widths, new_tokens)
+        return found if 3 in widths else {**found, 4: [1, 2, 3]}
+
+    monkeypatch.setattr(generate_check, "answers", differs)
+    assert generate_check.main() == 1
