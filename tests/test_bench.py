@@ -11,6 +11,7 @@ import torch
 from matgptq import bench, bench_linear
 from matgptq.bench import Case, target_us
 from matgptq.cli import main
+from matgptq.dummy import ARCHITECTURES
 from matgptq.peers import humming_times
 
 KEYS = {"kernel", "mode", "M", "N", "K", "bits", "dtype", "group_size"}
@@ -203,3 +204,15 @@ def test_the_gpu_report_that_is_kept_has_what_the_pages_show():
     report = json.loads(path.read_text())
     assert all(row.keys() >= KEYS for row in report["results"])
     assert report_module().headline(report) in (path.parents[3] / "README.md").read_text()
+
+
+def test_the_models_have_the_shapes_of_their_geometries():
+    known = {"llama-3.1-8b": "llama-3.1-8b", "llama-70b": "llama-3.1-70b", "qwen3-8b": "qwen3-8b"}
+    known["qwen3-32b"] = "qwen3-32b"
+    for name, arch in known.items():
+        config = ARCHITECTURES[arch]
+        hidden, inner, heads = (config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
+        size = config.get("head_dim", hidden // heads)
+        qkv = (heads + 2 * config["num_key_value_heads"]) * size
+        want = ((qkv, hidden), (hidden, heads * size), (2 * inner, hidden), (hidden, inner))
+        assert bench_linear.MODELS[name] == want
