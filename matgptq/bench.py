@@ -284,15 +284,17 @@ def _torch_times(cases: Sequence[Case], device: torch.device, cuda_graph: bool) 
 
 
 def call_cost(device: torch.device, calls: int = 300) -> dict[str, float]:
-    """CPU microseconds of an eager call for one token on a GPU: median of `REPLAYS` rounds of ``calls`` calls.
+    """CPU microseconds of an eager call for one token on a GPU: the fastest of some rounds of ``calls`` calls.
 
     ``layer`` is a `PackedLinear`, ``function`` is `kernels.op.packed_linear`, ``op`` the same by the dispatcher (as a
-    compiled model calls it), ``launch`` the launch alone. ``calls`` must be so few that the GPU's queue takes them all.
+    compiled model calls it), ``launch`` the launch alone; ``torch`` is `torch.nn.functional.linear`, to tell how fast
+    the machine is. ``calls`` must be so few that the GPU's queue takes them all.
     """
     case = Case(1, 256, 256, 4)
     _, layer = random_layer(case, device)
     x = torch.randn(1, case.K, device=device, dtype=case.torch_dtype)
     y = torch.empty(1, case.N, device=device, dtype=case.torch_dtype)
+    dense = torch.randn(case.N, case.K, device=device, dtype=case.torch_dtype)
     operands = (layer.planes, layer.scales, None, None)
     options = {"in_features": case.K, "out_features": case.N, "bits": case.bits, "group_size": case.group_size}
     call = bind(case.bits, case.group_size, case.K, case.N)
@@ -304,18 +306,19 @@ def call_cost(device: torch.device, calls: int = 300) -> dict[str, float]:
         "function": lambda: packed_linear(x, *operands, **options),  # type: ignore[arg-type]
         "op": lambda: torch.ops.matgptq.packed_linear(x, *operands, *options.values(), "round", False),
         "launch": lambda: launcher(stream, 1, *addresses),
+        "torch": lambda: torch.nn.functional.linear(x, dense),
     }
     costs = {}
     with torch.inference_mode():
         for name, way in ways.items():
             times = []
-            for _ in range(REPLAYS + 1):
+            for _ in range(5 * REPLAYS):
                 torch.cuda.synchronize(device)
                 start = time.perf_counter()
                 for _ in range(calls):
                     way()
                 times.append((time.perf_counter() - start) / calls * 1e6)
-            costs[name] = statistics.median(times[1:])
+            costs[name] = min(times)  # the others tell of the machine's other work
     torch.cuda.synchronize(device)
     return costs
 
@@ -367,7 +370,7 @@ def plot(report: dict[str, Any], paths: Iterable[Path], title: str) -> None:
 def write(report: dict[str, Any], path: Path) -> None:
     """Write a report as JSON, a result a line; a reader sees the file before or after, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = json.dumps({**report, "results": []})[:-2]
+    head = json.dumps({**{key: value for key, value in report.items() if key != "results"}, "results": []})[:-2]
     rows = ",\n".join(json.dumps(row) for row in report["results"])
     whole = path.with_suffix(".part")
     whole.write_text(f"{head}\n{rows}\n]}}\n", encoding="utf-8")

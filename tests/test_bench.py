@@ -149,6 +149,13 @@ def test_a_wrong_result_is_not_timed():
         bench.verify(case, stored, packed)
 
 
+def test_a_report_is_written_whole_whatever_it_has(tmp_path):
+    for results in ([], [{"us": 1.5}], [{"us": 1.5}, {"us": 2.5}]):
+        report = {"device": "CPU", "results": results, "call_us": {"layer": 7.5}}
+        bench.write(report, tmp_path / "report.json")
+        assert json.loads((tmp_path / "report.json").read_text()) == report
+
+
 def test_humming_is_left_out_where_it_cannot_run():
     assert humming_times([Case(1, 64, 64, 4)], torch.device("cpu")) == {}
 

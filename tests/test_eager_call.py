@@ -38,6 +38,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(matmul, "_launcher", launcher)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 77, raising=False)
+    monkeypatch.setattr(matmul, "_empty", torch._C._dynamo.guards._empty_strided_cpu)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
     matmul.bind.cache_clear()
     yield made

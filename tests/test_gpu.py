@@ -1,5 +1,7 @@
 """What only a GPU can show: the kernels against the plain op, in layers and whole models, eager and captured."""
 
+import itertools
+
 import pytest
 import torch
 from test_packed import LAYERS, layer
@@ -11,9 +13,25 @@ from matgptq.quantizer.pipeline import quantize
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The kernels of the one-hot tests, compiled in parallel: one by one they take a minute."""
+    layers = []
+    for options, dtype, resident in itertools.product(LAYERS.values(), DTYPES, (True, False)):
+        stored = layer(**{**options, "dtype": dtype}).cuda()
+        for bits in stored.widths:
+            stored.bits = bits
+            layers.append(PackedLinear(stored, dtype=dtype, resident=resident))
+    warmup(torch.nn.ModuleList(layers), [96])
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
 @pytest.mark.parametrize("resident", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_one_hot_activations_give_the_weights(options, resident, dtype):
     stored = layer(**{**options, "dtype": dtype})
     stored.bias = None

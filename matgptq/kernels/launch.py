@@ -27,10 +27,11 @@ class Launcher:
         driver = _driver()
         self.problem, self._config = problem, config
         self.checked: set[tuple[int, ...]] = set()  # operands that matmul has checked
-        self._sizes = (problem.N, problem.K, problem.row_tiles, problem.k_tiles, problem.stored, problem.groups)
-        self._tail = (config.split_tiles(problem), config.chunk_tiles, inbox_offset(problem, config))
         # The decoded level is taken about 128; without a zeros tensor that is the zero point as well.
-        self._shift = problem.level_offset + (128.0 if problem.zeros else 0.0)
+        shift = problem.level_offset + (128.0 if problem.zeros else 0.0)
+        sizes = (problem.N, problem.K, problem.row_tiles, problem.k_tiles, problem.stored, problem.groups)
+        splits = (config.split_tiles(problem), config.chunk_tiles, inbox_offset(problem, config))
+        self._constants = (*sizes, *splits, shift)
         self._shared = shared_bytes(problem, config)
         self._grid, self._tokens = grid(problem, config), config.tokens
         self._function = _load(tuple(defines(problem, config).items()), f"sm_{problem.sm}", device)
@@ -65,7 +66,7 @@ class Launcher:
             buffer, address = _thread.params
         except AttributeError:
             buffer, address = _thread.params = _params()
-        _PARAMS.pack_into(buffer, 0, x, planes, scales, zeros, bias, y, M, *self._sizes, *self._tail, self._shift)
+        _PARAMS.pack_into(buffer, 0, x, planes, scales, zeros, bias, y, M, *self._constants)
         (status,) = self._launch(launch, self._function, address, 0)
         if status:
             _check((status,))

@@ -1,6 +1,6 @@
 """y = x W^T + bias on CUDA, W packed by ``packing.pack_codes``."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
@@ -12,7 +12,10 @@ from .tiles import Problem, can_implement, choose, defines
 
 _MANY_TOKENS = 65  # from here on the tile does not depend on M
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_MANY_OPERANDS = 4096  # checked addresses that are remembered: more than a model has layers
+_MANY = 4096  # checked addresses and shapes that are remembered: more than a model has layers
+Plan = tuple[int, tuple[int, ...], tuple[int, ...], Launcher]  # M, shape and strides of y, the kernel
+# What compiled code allocates with, on the current device: the dispatcher would take as long again.
+_empty: Callable[..., torch.Tensor] = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
 
 
 def matmul(
@@ -58,9 +61,9 @@ class BoundMatmul:
     """
 
     def __init__(self, bits: int, group_size: int, in_features: int, out_features: int, rule: str, resident: bool):
-        self.in_features, self.out_features = in_features, out_features
         self._constants = (out_features, in_features, bits, group_size, rule, resident)
         self._launchers: dict[tuple[int, torch.dtype, bool, int], Launcher] = {}
+        self._plans: dict[tuple[torch.Size, torch.dtype, bool, int], Plan] = {}
 
     def __call__(
         self,
@@ -71,13 +74,8 @@ class BoundMatmul:
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """As `matmul`."""
-        shape = list(x.shape)
-        if not shape or shape[-1] != self.in_features:
-            raise ValueError(f"x must have in_features {self.in_features} columns, got shape {tuple(shape)}")
-        shape[-1] = self.out_features
-        index, M = x.get_device(), x.numel() // self.in_features
-        key = (M if M < _MANY_TOKENS else _MANY_TOKENS, x.dtype, zeros is not None, index)
-        launcher = self._launchers.get(key) or self.load(*key)
+        key = (x.shape, x.dtype, zeros is not None, x.get_device())
+        M, shape, strides, launcher = self._plans.get(key) or self._plan(*key)
         # Addresses that have been checked are not checked again.
         operands = (
             planes.data_ptr(),
@@ -87,22 +85,33 @@ class BoundMatmul:
         )
         if operands not in launcher.checked:
             _check_operands(x, planes, scales, zeros, bias, launcher.problem)
-            if len(launcher.checked) >= _MANY_OPERANDS:
+            if len(launcher.checked) >= _MANY:
                 launcher.checked.clear()
             launcher.checked.add(operands)
         start = x.data_ptr()
         if start % 16 or not x.is_contiguous():
             x = x.clone(memory_format=torch.contiguous_format)
             start = x.data_ptr()
-        y = x.new_empty(*shape)  # a third faster than with one argument
+        index = key[3]
+        if torch._C._cuda_getDevice() != index:  # the driver launches in the context of the current device
+            with torch.cuda.device(index):
+                return self(x, planes, scales, zeros, bias)
+        y = _empty(shape, strides, x.dtype)
         if M:
-            stream = torch._C._cuda_getCurrentRawStream(index)
-            if torch._C._cuda_getDevice() == index:
-                launcher(stream, M, start, *operands, y.data_ptr())
-            else:  # the driver launches in the context of the current device
-                with torch.cuda.device(index):
-                    launcher(stream, M, start, *operands, y.data_ptr())
+            launcher(torch._C._cuda_getCurrentRawStream(index), M, start, *operands, y.data_ptr())
         return y
+
+    def _plan(self, shape: torch.Size, dtype: torch.dtype, zeros: bool, index: int) -> Plan:
+        N, K, *_ = self._constants
+        if not shape or shape[-1] != K:
+            raise ValueError(f"x must have in_features {K} columns, got shape {tuple(shape)}")
+        M = shape[:-1].numel()
+        y = torch.empty((*shape[:-1], N), device="meta")
+        plan = M, tuple(y.shape), y.stride(), self.load(min(M, _MANY_TOKENS), dtype, zeros, index)
+        if len(self._plans) >= _MANY:
+            self._plans.clear()
+        self._plans[(shape, dtype, zeros, index)] = plan
+        return plan
 
     def load(self, M: int, dtype: torch.dtype, zeros: bool, index: int) -> Launcher:
         """Compile and load the kernel for ``M`` tokens, at most `_MANY_TOKENS`, on the device ``index``."""

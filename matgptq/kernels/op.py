@@ -75,12 +75,17 @@ def _is_eager(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(x) is Tensor
         and not x.requires_grad
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and not torch._C._autograd._profiler_enabled()
+        and not _dispatch_modes()
+        and not _function_modes()
+        and _transform() is None
+        and _trace() is None
+        and not _profiled()
     )
+
+
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transform, _trace = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+_profiled = torch._C._autograd._profiler_enabled  # type: ignore[attr-defined]
 
 
 def packed_linear_at(
