@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,16 @@ def test_the_part_bench_says_how_the_points_compare(gpu_check, monkeypatch, tmp_
     assert run(gpu_check, monkeypatch, *arguments) == 0
     assert "of 2 points" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "linear.json").read_text())["results"]) == 2
+
+
+def test_ratios_are_to_the_same_point(gpu_check, monkeypatch, tmp_path, capsys):
+    def measure(cases, device, progress):
+        rows = [{**asdict(case), "us": case.bits * (1.5 if case.mode == "resident" else 1)} for case in cases]
+        return {"results": rows}
+
+    monkeypatch.setattr(gpu_check, "measure", measure)
+    assert run(gpu_check, monkeypatch, "--only", "ratios", "--results", tmp_path) == 0
+    assert "bfloat16 1.00 (worst 1.00), resident 1.50 (worst 1.50), groups of 64 1.00" in capsys.readouterr().out
 
 
 def test_what_is_not_there_is_said(gpu_check, monkeypatch, tmp_path, capsys):
