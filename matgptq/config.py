@@ -94,35 +94,50 @@ class QuantConfig:
                 begins with ``where``.
         """
         rest = dict(values)
-        method = rest.pop("quant_method", None)
-        if method == PUBLISHED_METHOD:
-            rest = _from_published(rest, where)
-        elif method != QUANT_METHOD:
-            raise ValueError(f"{where}: quant_method must be {QUANT_METHOD} or {PUBLISHED_METHOD}, got {method!r}")
-        known = {f.name for f in dataclasses.fields(cls)}
-        for key in rest:
-            if key not in known:
-                raise ValueError(f"{where}: keys must be among {', '.join(sorted(known))}, got {key!r}")
+        if rest.get("quant_method") == PUBLISHED_METHOD:
+            rest = {"modules_to_not_convert": (), "slicing": "round", "sym": True, **_our_keys(rest, where)}
+        else:
+            rest = _our_keys(rest, where)
         try:
             return cls(**rest)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {error}") from None
 
+    def updated(self, values: Mapping[str, Any], *, where: str = "quantization_config") -> QuantConfig:
+        """This config with the keys of ``values`` in place of its own: a folder's config, and what was asked for.
 
-def _from_published(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Our keys for those of a published checkpoint, which is symmetric and sliced by ``round``."""
-    rename = {"master_bitwidth": "master_bits", "inference_bitwidth": "bits"}
-    kept = {"group_size", "modules_to_not_convert"}
-    ours: dict[str, Any] = {"slicing": "round", "sym": True}
-    for key, value in values.items():
-        if key in rename:
-            ours[rename[key]] = value
-        elif key in kept:
-            ours[key] = value
-        elif key != "quant_dtype":  # the dtype of scales is read from the tensors themselves
-            known = sorted({*rename, *kept, "quant_dtype"})
-            raise ValueError(f"{where}: keys must be among {', '.join(known)}, got {key!r}")
-    if ours.get("modules_to_not_convert") is None:
+        ``values`` needs a ``quant_method``, ours or the published one, and may leave out everything else. ``bits``
+        without ``bits_per_layer`` is the width of every layer.
+
+        Raises:
+            ValueError: as `from_dict`.
+
+        Example:
+            >>> config = QuantConfig(group_size=64).updated({"quant_method": "matgptq", "bits": 3})
+            >>> config.bits, config.group_size
+            (3, 64)
+        """
+        asked = _our_keys(dict(values), where)
+        if "bits" in asked:
+            asked.setdefault("bits_per_layer", {})
+        return self.from_dict({**self.to_dict(), **asked}, where=where)
+
+
+def _our_keys(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The keys that ``values`` has besides quant_method, by our names; the published ones are renamed."""
+    method = values.pop("quant_method", None)
+    if method == QUANT_METHOD:
+        known = {f.name: f.name for f in dataclasses.fields(QuantConfig)}
+    elif method == PUBLISHED_METHOD:
+        known = {"master_bitwidth": "master_bits", "inference_bitwidth": "bits", "group_size": "group_size"}
+        known |= {"modules_to_not_convert": "modules_to_not_convert", "quant_dtype": ""}
+    else:
+        raise ValueError(f"{where}: quant_method must be {QUANT_METHOD} or {PUBLISHED_METHOD}, got {method!r}")
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{where}: keys must be among {', '.join(sorted(known))}, got {key!r}")
+    ours = {known[key]: value for key, value in values.items() if known[key]}  # tensors carry their own dtype
+    if method == PUBLISHED_METHOD and ours.get("modules_to_not_convert", ()) is None:
         ours["modules_to_not_convert"] = ()
     return ours
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections.abc import Iterable, Mapping
 
@@ -139,6 +140,21 @@ class MatGPTQLinear(nn.Module):
             rule=self.rule,
             master_bits=self.master_bits,
         )
+
+    def rows(self, start: int, stop: int) -> MatGPTQLinear:
+        """The layer that computes outputs ``start`` to ``stop`` alone, in the same memory, with a width of its own."""
+        part = copy.copy(self)
+        cut = {name: self._cut(name, tensor, start, stop) for name, tensor in self._buffers.items()}
+        part._buffers = cut  # nn.Module's copy shares its dicts
+        part._parameters = dict(self._parameters)
+        part.out_features = stop - start
+        if self.bias is not None:
+            part.bias = nn.Parameter(self.bias[start:stop], False)
+        return part
+
+    def _cut(self, name: str, tensor: Tensor | None, start: int, stop: int) -> Tensor | None:
+        """Rows ``start`` to ``stop`` of a buffer."""
+        return tensor if tensor is None or name == "perm" else tensor[..., start:stop, :]
 
     def nbytes(self, bits: int | None = None) -> int:
         """Bytes that the layer weighs cut to ``bits``; as it is stored now where None."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .kernels.matmul import warmup as compile_and_load
 from .kernels.op import packed_linear, packed_linear_at
-from .kernels.packing import pack_codes, pack_scales, unpack, unpack_scales
+from .kernels.packing import TILE, pack_codes, pack_scales, unpack, unpack_scales
 from .kernels.tiles import Problem
 from .linear import MatGPTQLinear, quantized_layers
 from .planes import pack_planes, read_slices
@@ -146,6 +146,21 @@ class PackedLinear(MatGPTQLinear):
             rule=self.rule,
             resident=self.resident,
         )
+
+    def rows(self, start: int, stop: int) -> PackedLinear:
+        """The layer that computes outputs ``start`` to ``stop`` alone, in the same memory, with a width of its own.
+
+        Raises:
+            ValueError: ``start`` is within a tile of rows, or ``stop`` is and there are rows after it.
+        """
+        if start % TILE or (stop % TILE and stop != self.out_features):
+            raise ValueError(f"rows must be cut at multiples of {TILE}, got {start} to {stop} ({self.name})")
+        part = super().rows(start, stop)
+        part._width = self._width.clone()
+        return part
+
+    def _cut(self, name: str, tensor: Tensor | None, start: int, stop: int) -> Tensor | None:
+        return tensor if tensor is None or name == "perm" else tensor[start // TILE : -(-stop // TILE)]
 
     def unpacked(self) -> MatGPTQLinear:
         """The layer as it is stored in a model folder: the codes of a resident layer, the one slice of a packed one.

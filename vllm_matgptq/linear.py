@@ -1,0 +1,434 @@
+"""Quantised linear layers: what is loaded into them, cut for a rank, and how they are computed.
+
+A layer of vLLM may hold several of the checkpoint (q, k and v; gate and up). Each of these is a `Shard`, with tensors
+and a width of its own. Neighbours that are stored alike become one `MatGPTQLinear`, and neighbours that are served at
+one width are one call.
+
+torch.compile sees one op a layer, ``vllm_matgptq::linear``, which finds the layer when it runs. So compiled code, and
+vLLM's cache of it, holds for every width, and similar layers share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+from matgptq.checkpoint import check_values
+from matgptq.kernels.matmul import warmup
+from matgptq.kernels.packing import TILE
+from matgptq.kernels.tiles import can_implement
+from matgptq.linear import MatGPTQLinear
+from matgptq.packed import PackedLinear
+from matgptq.slicing import MAX_BITS, MIN_BITS
+
+if TYPE_CHECKING:
+    from .config import MatGPTQConfig
+
+SUFFIXES = ("qweight", "scales", "zeros", "perm", *(f"scales_{bits}" for bits in range(MIN_BITS, MAX_BITS + 1)))
+
+library = torch.library.Library("vllm_matgptq", "DEF")
+library.define("linear(Tensor x, Tensor key, int out_features) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_served: WeakValueDictionary[int, FusedLinear] = WeakValueDictionary()  # by the address of the layer's key
+
+
+def _linear(x: Tensor, key: Tensor, out_features: int) -> Tensor:
+    return _served[key.data_ptr()](x)
+
+
+def _linear_fake(x: Tensor, key: Tensor, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+library.impl("linear", _linear, "CompositeExplicitAutograd")
+torch.library.register_fake("vllm_matgptq::linear", _linear_fake, lib=library)
+
+
+class Shard:
+    """One layer of the checkpoint, or its part on this rank, while it is loaded.
+
+    Args:
+        name: name in the checkpoint.
+        out_features, in_features: size on this rank.
+        row_ways, row_rank: into how many parts the stored rows are cut, and which of them is this rank's.
+        column_ways, column_rank: likewise for the stored columns.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        out_features: int,
+        in_features: int,
+        row_ways: int = 1,
+        row_rank: int = 0,
+        column_ways: int = 1,
+        column_rank: int = 0,
+    ) -> None:
+        self.name = name
+        self.out_features, self.in_features = out_features, in_features
+        self.row_ways, self.row_rank = row_ways, row_rank
+        self.column_ways, self.column_rank = column_ways, column_rank
+        self.tensors: dict[str, Tensor] = {}
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows of the stored layer."""
+        return self.out_features * self.row_ways
+
+    def load(self, suffix: str, tensor: Tensor, device: torch.device) -> None:
+        """Keep this rank's part of a stored tensor.
+
+        Raises:
+            ValueError: the tensor does not have the rows or columns of the layer, or is a ``perm`` of a layer whose
+                columns are cut.
+        """
+        if suffix == "perm":
+            if self.column_ways > 1:
+                raise ValueError(
+                    f"tensor_parallel_size must be 1 for {self.name}, whose columns are stored in another order "
+                    f"(perm), got {self.column_ways}: quantise without act order to cut it"
+                )
+            self.tensors[suffix] = tensor.to(device, torch.int32)
+            return
+        if tensor.shape[-2] != self.stored_rows:
+            raise ValueError(
+                f"{self.name}.{suffix} must have {self.stored_rows} rows for this model, got {tuple(tensor.shape)}"
+            )
+        tensor = tensor.narrow(-2, self.row_rank * self.out_features, self.out_features)
+        if self.column_ways > 1 and tensor.shape[-1] > 1:  # a single scale a row serves all columns
+            columns = tensor.shape[-1] // self.column_ways
+            tensor = tensor.narrow(-1, self.column_rank * columns, columns)
+        self.tensors[suffix] = tensor.to(device, copy=True)  # a copy: the file is let go
+
+    def fill(self, config: MatGPTQConfig, dtype: torch.dtype, device: torch.device) -> None:
+        """Random codes, and scales that keep the size of activations: for ``--load-format dummy``."""
+        stored, n, k = config.stored, self.out_features, self.in_features
+        groups = 1 if stored.group_size == -1 else k // stored.group_size
+        codes = torch.randint(0, 2**stored.master_bits, (n, k), dtype=torch.uint8, device=device)
+        spread = 2**stored.master_bits / 12**0.5  # of uniform codes
+        scales = torch.full((n, groups), k**-0.5 / spread, dtype=dtype, device=device)
+        self.tensors = {"qweight": codes, "scales": scales}
+        if not stored.sym:
+            middle = 2 ** (stored.master_bits - 1)
+            self.tensors["zeros"] = torch.full((n, groups), middle, dtype=torch.uint8, device=device)
+
+    def layer(self, config: MatGPTQConfig) -> MatGPTQLinear:
+        """The layer that the loaded tensors make.
+
+        Raises:
+            ValueError: a tensor is missing, or has the wrong shape, type or values.
+        """
+        stored, tensors = config.stored, self.tensors
+        wanted = ("qweight", "scales") if stored.sym else ("qweight", "scales", "zeros")
+        for suffix in wanted:
+            if suffix not in tensors:
+                raise ValueError(f"{self.name}.{suffix} must be stored, got no such tensor")
+        codes, scales = tensors["qweight"], tensors["scales"]
+        layer = MatGPTQLinear(
+            self.in_features,
+            self.out_features,
+            bits=stored.bits_for(self.name),
+            group_size=stored.group_size,
+            sym=stored.sym,
+            rule=stored.slicing,
+            master_bits=stored.master_bits,
+            stored_bits=codes.shape[0] if codes.dim() == 3 else None,
+            act_order="perm" in tensors,
+            own_widths=[bits for bits in range(MIN_BITS, MAX_BITS + 1) if f"scales_{bits}" in tensors],
+            dtype=scales.dtype,
+            zero_dtype=tensors["zeros"].dtype if "zeros" in tensors else torch.uint8,
+            device="meta",
+            name=self.name,
+        )
+        for suffix, tensor in tensors.items():
+            want = getattr(layer, suffix)
+            if want is None or want.shape != tensor.shape or want.dtype != tensor.dtype:
+                rule = "must be absent" if want is None else f"must be {want.dtype} {tuple(want.shape)} on this rank"
+                raise ValueError(f"{self.name}.{suffix} {rule}, got {tensor.dtype} {tuple(tensor.shape)}")
+            setattr(layer, suffix, tensor)
+        check_values(layer, "checkpoint")
+        return layer
+
+
+class FusedLinear(nn.Module):
+    """The layers of the checkpoint that vLLM computes as one: ``(..., in_features)`` to ``(..., out_features)``.
+
+    Args:
+        layers: the layers, in the order of their outputs; they are not used any more afterwards.
+        dtype: type of the activations.
+        resident: hold all bits, so that `set_bits` works.
+
+    Raises:
+        ValueError: the GPU or the sizes are not ones that the kernels serve.
+    """
+
+    def __init__(self, layers: Sequence[MatGPTQLinear], *, dtype: torch.dtype, resident: bool) -> None:
+        super().__init__()
+        self.names = [layer.name for layer in layers]
+        self.sizes = [layer.out_features for layer in layers]
+        self.widths = [layer.widths for layer in layers]
+        self.resident = resident
+        packed = layers[0].qweight.is_cuda
+        groups: list[list[MatGPTQLinear]] = []
+        for layer in layers:
+            if groups and _alike(groups[-1][-1], layer, resident, packed):
+                groups[-1].append(layer)
+            else:
+                groups.append([layer])
+        self.blocks = nn.ModuleList()
+        self._first = []  # of each block, its first layer
+        for group in groups:
+            self._first.append(sum(map(len, groups[: len(self._first)])))
+            block = fuse(group)
+            self.blocks.append(_pack(block, dtype, resident) if packed else block)
+        self._cut([layer.bits for layer in layers])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``y = x W^T``, a call a run of outputs at one width."""
+        outputs = [run(x) for run in self.runs]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+    @property
+    def bits(self) -> list[int]:
+        """Served width of each layer."""
+        return self._bits
+
+    def set_bits(self, bits: Sequence[int]) -> None:
+        """Serve the layers at these widths, each of them one of `widths`."""
+        self._cut(bits)
+
+    def _cut(self, bits: Sequence[int]) -> None:
+        """Make the runs: neighbours of one block with one width."""
+        self._bits = list(bits)
+        self.runs: list[MatGPTQLinear] = []
+        for block, first, end in zip(self.blocks, self._first, [*self._first[1:], len(bits)], strict=True):
+            start = stop = 0
+            for i in range(first, end):
+                stop += self.sizes[i]
+                if i + 1 == end or bits[i + 1] != bits[i]:
+                    whole = start == 0 and stop == block.out_features
+                    run = block if whole else block.rows(start, stop)
+                    run.bits = bits[i]
+                    self.runs.append(run)
+                    start = stop
+
+    def warm_up(self, tokens: Iterable[int]) -> None:
+        """Compile and load the kernels for these numbers of tokens."""
+        problems = {run.problem(m) for run in self.runs if isinstance(run, PackedLinear) for m in tokens}
+        if problems - _warm:
+            warmup(problems - _warm, self.runs[0].planes.device)
+            _warm.update(problems)
+
+
+_warm: set[Any] = set()  # problems whose kernels are loaded
+
+
+def fuse(layers: Sequence[MatGPTQLinear]) -> MatGPTQLinear:
+    """One layer with the outputs of all, one after another; they are stored alike (`_alike`).
+
+    A width for which only some have scales of its own takes the shared scales of the others.
+    """
+    if len(layers) == 1:
+        return layers[0]
+    first = layers[0]
+    fused = MatGPTQLinear(
+        first.in_features,
+        sum(layer.out_features for layer in layers),
+        bits=first.bits,
+        group_size=first.group_size,
+        sym=first.zeros is None,
+        rule=first.rule,
+        master_bits=first.master_bits,
+        stored_bits=first.stored_bits if first.qweight.dim() == 3 else None,
+        act_order=first.perm is not None,
+        own_widths={bits for layer in layers for bits in layer.own_widths},
+        dtype=first.scales.dtype,
+        zero_dtype=torch.uint8 if first.zeros is None else first.zeros.dtype,
+        device="meta",
+        name=" + ".join(layer.name for layer in layers),
+    )
+    for suffix, buffer in fused.named_buffers():
+        if suffix == "perm":
+            fused.perm = first.perm
+        else:
+            parts = [getattr(layer, suffix, layer.scales) for layer in layers]
+            setattr(fused, suffix, torch.cat(parts, buffer.dim() - 2))
+    return fused
+
+
+def _alike(a: MatGPTQLinear, b: MatGPTQLinear, resident: bool, packed: bool) -> bool:
+    """Whether two neighbours can be one layer: stored alike, and served alike where they are packed at their width."""
+    if packed and not resident and a.bits != b.bits:
+        return False
+    if packed and resident and a.out_features % TILE:
+        return False
+    if (a.perm is None) != (b.perm is None) or (a.perm is not None and not torch.equal(a.perm, b.perm)):
+        return False
+    if (a.zeros is None) != (b.zeros is None) or (a.zeros is not None and a.zeros.dtype != b.zeros.dtype):
+        return False
+    return a.qweight.dim() == b.qweight.dim() and a.stored_bits == b.stored_bits and a.scales.dtype == b.scales.dtype
+
+
+def _pack(layer: MatGPTQLinear, dtype: torch.dtype, resident: bool) -> PackedLinear:
+    packed = PackedLinear(layer, dtype=dtype, resident=resident)
+    able, reason = can_implement(packed.problem(1))
+    if not able:
+        raise ValueError(f"{reason} ({layer.name})")
+    return packed
+
+
+class MatGPTQLinearMethod(LinearMethodBase):
+    """How vLLM makes, loads and computes a quantised linear layer, or an output layer (lm_head).
+
+    Args:
+        config: the model's.
+        prefix: the layer's name in vLLM.
+        names: names in the checkpoint: one for each part of a fused layer, or one for all of it.
+    """
+
+    def __init__(self, config: MatGPTQConfig, prefix: str, names: Sequence[str]) -> None:
+        self.config, self.prefix, self.names = config, prefix, names
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register a parameter for each tensor that the checkpoint may have; they take memory when they are loaded.
+
+        Raises:
+            ValueError: the columns cannot be cut for this ``tensor_parallel_size``.
+        """
+        check_cut(self.prefix, input_size, input_size_per_partition, self.config.stored.group_size)
+        names = self.names if len(self.names) > 1 else list(self.names) * len(output_partition_sizes)
+        if len(names) != len(output_partition_sizes):
+            raise ValueError(f"{self.prefix} must hold {len(output_partition_sizes)} layers, got {', '.join(names)}")
+        row_ways = output_size // sum(output_partition_sizes)
+        if isinstance(layer, VocabParallelEmbedding):
+            row_ways = 1  # `load` cuts what is stored, which vLLM fills up
+        column_ways = input_size // input_size_per_partition
+        rank = getattr(layer, "tp_rank", None)
+        rank = get_tensor_model_parallel_rank() if rank is None else rank
+        self.shards = []
+        for i, (name, rows) in enumerate(zip(names, output_partition_sizes, strict=True)):
+            shared = getattr(layer, "num_kv_head_replicas", 1) if i > 0 else 1  # ranks that hold the same keys, values
+            ways = max(1, row_ways // shared)
+            self.shards.append(
+                Shard(
+                    name,
+                    rows,
+                    input_size_per_partition,
+                    ways,
+                    rank // shared if ways > 1 else 0,
+                    column_ways,
+                    rank if column_ways > 1 else 0,
+                )
+            )
+        self.dtype = params_dtype
+        vllm_config = get_current_vllm_config()
+        self.dummy = str(getattr(vllm_config.load_config.load_format, "value", vllm_config.load_config.load_format))
+        self.tokens = token_counts(vllm_config)
+        for suffix in SUFFIXES:
+            parameter = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+            parameter.weight_loader = partial(self.load, layer, suffix)  # type: ignore[attr-defined]
+            layer.register_parameter(suffix, parameter)
+
+    def load(
+        self, layer: nn.Module, suffix: str, parameter: nn.Parameter, tensor: Tensor, shard_id: Any = None
+    ) -> None:
+        """Give a stored tensor to the shards that it belongs to.
+
+        Args:
+            shard_id: "q", "k" or "v"; the number, or a tuple of numbers, of parts; None where the tensor is the whole.
+        """
+        if isinstance(layer, VocabParallelEmbedding):
+            tensor = _vocabulary_part(layer, suffix, tensor, self.shards[0])
+        if shard_id is None:
+            shards = self.shards
+        elif isinstance(shard_id, str):
+            shards = [self.shards["qkv".index(shard_id)]]
+        else:
+            shards = [self.shards[i] for i in (shard_id if isinstance(shard_id, tuple) else (shard_id,))]
+        if len(shards) == 1 or suffix == "perm":
+            parts: Sequence[Tensor] = [tensor] * len(shards)
+        else:  # fused in the checkpoint too
+            rows = [shard.stored_rows for shard in shards]
+            if sum(rows) != tensor.shape[-2]:
+                got = tuple(tensor.shape)
+                raise ValueError(f"{self.prefix}.{suffix} must have {sum(rows)} rows for this model, got {got}")
+            parts = tensor.split(rows, -2)
+        for shard, part in zip(shards, parts, strict=True):
+            shard.load(suffix, part, parameter.device)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Make the loaded tensors a `FusedLinear`, packed on a GPU, and compile the kernels that it needs."""
+        if not self.shards:
+            return  # done already
+        device = layer.qweight.device
+        if self.dummy == "dummy":
+            for shard in self.shards:
+                shard.fill(self.config, self.dtype, device)
+        layers = []
+        for shard in self.shards:
+            layers.append(shard.layer(self.config))
+            shard.tensors = {}
+        self.shards = []
+        for suffix in SUFFIXES:
+            delattr(layer, suffix)
+        fused = FusedLinear(layers, dtype=self.dtype, resident=self.config.resident)
+        fused.warm_up(self.tokens)
+        layer.matgptq = fused
+        layer.matgptq_key = nn.Parameter(torch.empty(1, dtype=torch.uint8, device=device), requires_grad=False)
+        _served[layer.matgptq_key.data_ptr()] = fused
+        self.out_features = sum(fused.sizes)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``y = x W^T + bias`` on this rank."""
+        y = torch.ops.vllm_matgptq.linear(x, layer.matgptq_key, self.out_features)
+        return y if bias is None else y + bias
+
+
+def check_cut(name: str, in_features: int, part: int, group_size: int) -> None:
+    """Raise a ValueError unless ``part`` of the ``in_features`` columns of a layer is whole groups."""
+
+    def fits(columns: int) -> bool:
+        return columns % 16 == 0 and (group_size == -1 or columns % group_size == 0)
+
+    if not fits(part):
+        sizes = [ways for ways in range(1, 65) if in_features % ways == 0 and fits(in_features // ways)]
+        raise ValueError(
+            f"tensor_parallel_size must be one of {', '.join(map(str, sizes)) or 'none'} for {name}, whose "
+            f"{in_features} in_features are stored in groups of {group_size}, got {in_features // part}"
+        )
+
+
+def token_counts(vllm_config: Any) -> list[int]:
+    """Numbers of tokens for which kernels are compiled before graphs are captured."""
+    captured = vllm_config.compilation_config.cudagraph_capture_sizes or ()
+    return sorted({*range(1, 65), *captured, vllm_config.scheduler_config.max_num_batched_tokens})
+
+
+def _vocabulary_part(layer: nn.Module, suffix: str, tensor: Tensor, shard: Shard) -> Tensor:
+    """This rank's rows of the output layer, filled up to what vLLM computes on each rank."""
+    if suffix == "perm":
+        return tensor
+    first, end = layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index
+    if tensor.shape[-2] != layer.org_vocab_size:
+        raise ValueError(
+            f"{shard.name}.{suffix} must have {layer.org_vocab_size} rows for this model, got {tuple(tensor.shape)}"
+        )
+    part = tensor.narrow(-2, first, end - first)
+    return nn.functional.pad(part, (0, 0, 0, shard.out_features - part.shape[-2]))
