@@ -1,9 +1,15 @@
 """A tiny dense Llama and its tokenizer, built here: the tests need no network."""
 
+import importlib.util
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# `make test-vllm` runs these where vLLM's CPU build is
+on_cpu = importlib.util.find_spec("vllm") and not torch.cuda.is_available()
+collect_ignore_glob = [] if on_cpu else ["test_vllm_*.py", "engines.py"]
 
 torch.set_num_threads(1)  # tensors here are tiny: on busy cores, waking threads costs ten times the work
 

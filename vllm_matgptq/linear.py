@@ -33,7 +33,8 @@ from matgptq.slicing import MAX_BITS, MIN_BITS
 if TYPE_CHECKING:
     from .config import MatGPTQConfig
 
-SUFFIXES = ("qweight", "scales", "zeros", "perm", *(f"scales_{bits}" for bits in range(MIN_BITS, MAX_BITS + 1)))
+SUFFIXES = {"qweight": torch.uint8, "zeros": torch.uint8, "perm": torch.int32, "scales": torch.float32}
+SUFFIXES |= {f"scales_{bits}": torch.float32 for bits in range(MIN_BITS, MAX_BITS + 1)}
 
 library = torch.library.Library("vllm_matgptq", "DEF")
 library.define("linear(Tensor x, Tensor key, int out_features) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -341,8 +342,8 @@ class MatGPTQLinearMethod(LinearMethodBase):
         vllm_config = get_current_vllm_config()
         self.dummy = str(getattr(vllm_config.load_config.load_format, "value", vllm_config.load_config.load_format))
         self.tokens = token_counts(vllm_config)
-        for suffix in SUFFIXES:
-            parameter = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+        for suffix, dtype in SUFFIXES.items():
+            parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             parameter.weight_loader = partial(self.load, layer, suffix)  # type: ignore[attr-defined]
             layer.register_parameter(suffix, parameter)
 

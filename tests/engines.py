@@ -1,0 +1,67 @@
+"""Engines in this process: vLLM's CPU build, no compilation, a small cache. Run by ``make test-vllm``."""
+
+import contextlib
+import gc
+import os
+
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+import torch  # noqa: E402
+import vllm  # noqa: E402
+from conftest import tiny_model, tiny_tokenizer  # noqa: E402
+from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+
+import matgptq  # noqa: E402
+from matgptq.quantizer.pipeline import quantize  # noqa: E402
+
+PROMPT = list(range(3, 35))
+GEOMETRY = {"hidden_size": 128, "intermediate_size": 192}  # heads of 32, the least that vLLM serves on a CPU
+
+
+@contextlib.contextmanager
+def engine(folder, **arguments):
+    """A `vllm.LLM` in this process, shut down at the end."""
+    arguments = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 64,
+        "max_num_seqs": 2,
+        "kv_cache_memory_bytes": 1 << 24,
+        "distributed_executor_backend": "uni",
+        **arguments,
+    }
+    try:
+        yield vllm.LLM(model=str(folder), **arguments)
+    finally:
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def served(llm, prompt=PROMPT, count=16):
+    """Greedy tokens of a running engine."""
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+    return list(output.outputs[0].token_ids)
+
+
+def expected(folder, bits=None, prompt=PROMPT, count=16):
+    """Greedy tokens of Transformers on the CPU op."""
+    model = matgptq.load(folder, bits=bits, dtype=torch.float32)
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False)
+    return out[0, len(prompt) :].tolist()
+
+
+def nested(out, dense=None, method=None, **changes):
+    """A quantised tiny model in the folder ``out``, rounded to nearest unless ``method`` says otherwise."""
+    source = out.with_name(f"{out.name}-dense")
+    model = tiny_model(**GEOMETRY | changes) if dense is None else dense
+    model.half().save_pretrained(source)
+    tiny_tokenizer().save_pretrained(source)
+    quantize(source, out, method or matgptq.Method(group_size=32, feedback=False), progress=False)
+    return out
