@@ -57,11 +57,12 @@ def expected(folder, bits=None, prompt=PROMPT, count=16):
     return out[0, len(prompt) :].tolist()
 
 
-def nested(out, dense=None, method=None, **changes):
+def nested(out, method=None, dense=None, changes=None, **options):
     """A quantised tiny model in the folder ``out``, rounded to nearest unless ``method`` says otherwise."""
     source = out.with_name(f"{out.name}-dense")
-    model = tiny_model(**GEOMETRY | changes) if dense is None else dense
+    model = tiny_model(**GEOMETRY | (changes or {})) if dense is None else dense
     model.half().save_pretrained(source)
     tiny_tokenizer().save_pretrained(source)
-    quantize(source, out, method or matgptq.Method(group_size=32, feedback=False), progress=False)
+    method = method or matgptq.Method(group_size=32, feedback=False)
+    quantize(source, out, method, progress=False, **options)
     return out

@@ -10,6 +10,7 @@ vLLM's cache of it, holds for every width, and similar layers share it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -166,18 +167,20 @@ class FusedLinear(nn.Module):
         layers: the layers, in the order of their outputs; they are not used any more afterwards.
         dtype: type of the activations.
         resident: hold all bits, so that `set_bits` works.
+        packed: in the kernels' layout, as on a GPU, or as they are stored.
 
     Raises:
         ValueError: the GPU or the sizes are not ones that the kernels serve.
     """
 
-    def __init__(self, layers: Sequence[MatGPTQLinear], *, dtype: torch.dtype, resident: bool) -> None:
+    def __init__(
+        self, layers: Sequence[MatGPTQLinear], *, dtype: torch.dtype, resident: bool = False, packed: bool = False
+    ) -> None:
         super().__init__()
         self.names = [layer.name for layer in layers]
         self.sizes = [layer.out_features for layer in layers]
         self.widths = [layer.widths for layer in layers]
         self.resident = resident
-        packed = layers[0].qweight.is_cuda
         groups: list[list[MatGPTQLinear]] = []
         for layer in layers:
             if groups and _alike(groups[-1][-1], layer, resident, packed):
@@ -185,47 +188,38 @@ class FusedLinear(nn.Module):
             else:
                 groups.append([layer])
         self.blocks = nn.ModuleList()
-        self._first = []  # of each block, its first layer
+        self._counts = [len(group) for group in groups]
         for group in groups:
-            self._first.append(sum(map(len, groups[: len(self._first)])))
             block = fuse(group)
             self.blocks.append(_pack(block, dtype, resident) if packed else block)
-        self._cut([layer.bits for layer in layers])
+        self.set_bits([layer.bits for layer in layers])
 
     def forward(self, x: Tensor) -> Tensor:
         """``y = x W^T``, a call a run of outputs at one width."""
         outputs = [run(x) for run in self.runs]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
-    @property
-    def bits(self) -> list[int]:
-        """Served width of each layer."""
-        return self._bits
-
     def set_bits(self, bits: Sequence[int]) -> None:
-        """Serve the layers at these widths, each of them one of `widths`."""
-        self._cut(bits)
-
-    def _cut(self, bits: Sequence[int]) -> None:
-        """Make the runs: neighbours of one block with one width."""
-        self._bits = list(bits)
+        """Serve the layers at these widths, each of them one of its `widths`: neighbours at one width are one call."""
+        self.bits = list(bits)
         self.runs: list[MatGPTQLinear] = []
-        for block, first, end in zip(self.blocks, self._first, [*self._first[1:], len(bits)], strict=True):
+        i = 0
+        for block, count in zip(self.blocks, self._counts, strict=True):
             start = stop = 0
-            for i in range(first, end):
-                stop += self.sizes[i]
-                if i + 1 == end or bits[i + 1] != bits[i]:
-                    whole = start == 0 and stop == block.out_features
-                    run = block if whole else block.rows(start, stop)
-                    run.bits = bits[i]
-                    self.runs.append(run)
-                    start = stop
+            for width, same in itertools.groupby(range(i, i + count), lambda i: bits[i]):
+                stop += sum(self.sizes[i] for i in same)
+                run = block if stop - start == block.out_features else block.rows(start, stop)
+                run.bits = width
+                self.runs.append(run)
+                start = stop
+            i += count
 
     def warm_up(self, tokens: Iterable[int]) -> None:
         """Compile and load the kernels for these numbers of tokens."""
-        problems = {run.problem(m) for run in self.runs if isinstance(run, PackedLinear) for m in tokens}
-        if problems - _warm:
-            warmup(problems - _warm, self.runs[0].planes.device)
+        runs = [run for run in self.runs if isinstance(run, PackedLinear) and run.planes.is_cuda]
+        problems = {run.problem(m) for run in runs for m in tokens} - _warm
+        if problems:
+            warmup(problems, runs[0].planes.device)
             _warm.update(problems)
 
 
@@ -280,9 +274,10 @@ def _alike(a: MatGPTQLinear, b: MatGPTQLinear, resident: bool, packed: bool) -> 
 
 def _pack(layer: MatGPTQLinear, dtype: torch.dtype, resident: bool) -> PackedLinear:
     packed = PackedLinear(layer, dtype=dtype, resident=resident)
-    able, reason = can_implement(packed.problem(1))
-    if not able:
-        raise ValueError(f"{reason} ({layer.name})")
+    if packed.planes.is_cuda:
+        able, reason = can_implement(packed.problem(1))
+        if not able:
+            raise ValueError(f"{reason} ({layer.name})")
     return packed
 
 
@@ -340,7 +335,7 @@ class MatGPTQLinearMethod(LinearMethodBase):
             )
         self.dtype = params_dtype
         vllm_config = get_current_vllm_config()
-        self.dummy = str(getattr(vllm_config.load_config.load_format, "value", vllm_config.load_config.load_format))
+        self.dummy = vllm_config.load_config.load_format == "dummy"
         self.tokens = token_counts(vllm_config)
         for suffix, dtype in SUFFIXES.items():
             parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
@@ -379,7 +374,7 @@ class MatGPTQLinearMethod(LinearMethodBase):
         if not self.shards:
             return  # done already
         device = layer.qweight.device
-        if self.dummy == "dummy":
+        if self.dummy:
             for shard in self.shards:
                 shard.fill(self.config, self.dtype, device)
         layers = []
@@ -389,7 +384,8 @@ class MatGPTQLinearMethod(LinearMethodBase):
         self.shards = []
         for suffix in SUFFIXES:
             delattr(layer, suffix)
-        fused = FusedLinear(layers, dtype=self.dtype, resident=self.config.resident)
+        packed = device.type == "cuda"
+        fused = FusedLinear(layers, dtype=self.dtype, resident=self.config.resident, packed=packed)
         fused.warm_up(self.tokens)
         layer.matgptq = fused
         layer.matgptq_key = nn.Parameter(torch.empty(1, dtype=torch.uint8, device=device), requires_grad=False)
