@@ -169,6 +169,9 @@ class FusedLinear(nn.Module):
         resident: hold all bits, so that `set_bits` works.
         packed: in the kernels' layout, as on a GPU, or as they are stored.
 
+    Attributes:
+        peak_bytes: the most that was allocated on the GPU until this layer was loaded.
+
     Raises:
         ValueError: the GPU or the sizes are not ones that the kernels serve.
     """
@@ -181,6 +184,7 @@ class FusedLinear(nn.Module):
         self.sizes = [layer.out_features for layer in layers]
         self.widths = [layer.widths for layer in layers]
         self.resident = resident
+        self.peak_bytes = 0
         groups: list[list[MatGPTQLinear]] = []
         for layer in layers:
             if groups and _alike(groups[-1][-1], layer, resident, packed):
@@ -387,6 +391,7 @@ class MatGPTQLinearMethod(LinearMethodBase):
         packed = device.type == "cuda"
         fused = FusedLinear(layers, dtype=self.dtype, resident=self.config.resident, packed=packed)
         fused.warm_up(self.tokens)
+        fused.peak_bytes = torch.cuda.max_memory_allocated(device) if packed else 0
         layer.matgptq = fused
         layer.matgptq_key = nn.Parameter(torch.empty(1, dtype=torch.uint8, device=device), requires_grad=False)
         _served[layer.matgptq_key.data_ptr()] = fused
