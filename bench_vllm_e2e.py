@@ -206,7 +206,9 @@ def collect(engine: str, folder: Path, options: argparse.Namespace, report: dict
 def main() -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="llama-3.1-8b", help="geometry: a name that `matgptq dummy` knows, or a folder")
+    parser.add_argument(
+        "--arch", default="llama-3.1-8b", help="geometry: a name that `matgptq dummy` knows, or a folder"
+    )
     parser.add_argument("--bits", type=int, nargs="*", default=[2, 3, 4, 6, 8], help="widths, bits")
     parser.add_argument(
         "--engines", nargs="+", help="of bf16, marlin, gptq, resident, and widths (default: bf16 marlin and --bits)"
@@ -216,7 +218,9 @@ def main() -> int:
     parser.add_argument("--output-len", type=int, default=128, help="tokens an answer")
     parser.add_argument("--runs", type=int, default=4, help="timed runs; the best but one counts")
     parser.add_argument("--ttft", type=int, metavar="TOKENS", help="also time the first token after a prompt so long")
-    parser.add_argument("--concurrent", type=int, metavar="REQUESTS", help="also the throughput of so many, 128 + 128 tokens")
+    parser.add_argument(
+        "--concurrent", type=int, metavar="REQUESTS", help="also the throughput of so many, 128 + 128 tokens"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--group-size", type=int, default=128, help="weights that share a scale")
     parser.add_argument("--slicing", default="round", choices=["round", "prefix"])

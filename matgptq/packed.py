@@ -156,6 +156,7 @@ class PackedLinear(MatGPTQLinear):
         if start % TILE or (stop % TILE and stop != self.out_features):
             raise ValueError(f"rows must be cut at multiples of {TILE}, got {start} to {stop} ({self.name})")
         part = super().rows(start, stop)
+        assert isinstance(part, PackedLinear)
         part._width = self._width.clone()
         return part
 

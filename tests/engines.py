@@ -11,13 +11,13 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
 }
 
-import torch  # noqa: E402
-import vllm  # noqa: E402
-from conftest import tiny_model, tiny_tokenizer  # noqa: E402
-from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+import torch
+import vllm
+from conftest import tiny_model, tiny_tokenizer
+from vllm.distributed import cleanup_dist_env_and_memory
 
-import matgptq  # noqa: E402
-from matgptq.quantizer.pipeline import quantize  # noqa: E402
+import matgptq
+from matgptq.quantizer.pipeline import quantize
 
 PROMPT = list(range(3, 35))
 GEOMETRY = {"hidden_size": 128, "intermediate_size": 192}  # heads of 32, the least that vLLM serves on a CPU
@@ -35,9 +35,13 @@ def engine(folder, **arguments):
         "distributed_executor_backend": "uni",
         **arguments,
     }
+    llm = None
     try:
-        yield vllm.LLM(model=str(folder), **arguments)
+        llm = vllm.LLM(model=str(folder), **arguments)
+        yield llm
     finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         gc.collect()
         cleanup_dist_env_and_memory()
 
@@ -52,9 +56,10 @@ def served(llm, prompt=PROMPT, count=16):
 def expected(folder, bits=None, prompt=PROMPT, count=16):
     """Greedy tokens of Transformers on the CPU op."""
     model = matgptq.load(folder, bits=bits, dtype=torch.float32)
+    model.generation_config.eos_token_id = None  # as ignore_eos
     ids = torch.tensor([prompt])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False)
-    return out[0, len(prompt) :].tolist()
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+    return output[0, len(prompt) :].tolist()
 
 
 def nested(out, method=None, dense=None, changes=None, **options):

@@ -208,7 +208,7 @@ class FusedLinear(nn.Module):
         self.bits = list(bits)
         self.runs: list[MatGPTQLinear] = []
         i = 0
-        for block, count in zip(self.blocks, self._counts, strict=True):
+        for block, count in zip(self._blocks(), self._counts, strict=True):
             start = stop = 0
             for width, same in itertools.groupby(range(i, i + count), lambda i: bits[i]):
                 stop += sum(self.sizes[i] for i in same)
@@ -217,6 +217,9 @@ class FusedLinear(nn.Module):
                 self.runs.append(run)
                 start = stop
             i += count
+
+    def _blocks(self) -> list[MatGPTQLinear]:
+        return list(self.blocks)  # type: ignore[arg-type]
 
     def warm_up(self, tokens: Iterable[int]) -> None:
         """Compile and load the kernels for these numbers of tokens."""
@@ -269,9 +272,12 @@ def _alike(a: MatGPTQLinear, b: MatGPTQLinear, resident: bool, packed: bool) -> 
         return False
     if packed and resident and a.out_features % TILE:
         return False
-    if (a.perm is None) != (b.perm is None) or (a.perm is not None and not torch.equal(a.perm, b.perm)):
+    if a.perm is None or b.perm is None:
+        if a.perm is not b.perm:
+            return False
+    elif not torch.equal(a.perm, b.perm):
         return False
-    if (a.zeros is None) != (b.zeros is None) or (a.zeros is not None and a.zeros.dtype != b.zeros.dtype):
+    if getattr(a.zeros, "dtype", None) != getattr(b.zeros, "dtype", None):
         return False
     return a.qweight.dim() == b.qweight.dim() and a.stored_bits == b.stored_bits and a.scales.dtype == b.scales.dtype
 
@@ -373,7 +379,7 @@ class MatGPTQLinearMethod(LinearMethodBase):
         for shard, part in zip(shards, parts, strict=True):
             shard.load(suffix, part, parameter.device)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Make the loaded tensors a `FusedLinear`, packed on a GPU, and compile the kernels that it needs."""
         if not self.shards:
             return  # done already
@@ -423,7 +429,7 @@ def token_counts(vllm_config: Any) -> list[int]:
     return sorted({*range(1, 65), *captured, vllm_config.scheduler_config.max_num_batched_tokens})
 
 
-def _vocabulary_part(layer: nn.Module, suffix: str, tensor: Tensor, shard: Shard) -> Tensor:
+def _vocabulary_part(layer: Any, suffix: str, tensor: Tensor, shard: Shard) -> Tensor:
     """This rank's rows of the output layer, filled up to what vLLM computes on each rank."""
     if suffix == "perm":
         return tensor

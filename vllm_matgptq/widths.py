@@ -95,7 +95,9 @@ def choose_widths(layers: list[FusedLinear], bits: int | Mapping[str, int]) -> l
     chosen = []
     for layer in layers:
         if not layer.resident:
-            raise ValueError(f"resident must be true to change the width of a running engine, got false ({layer.names[0]})")
+            raise ValueError(
+                f"resident must be true to change the width of a running engine, got false ({layer.names[0]})"
+            )
         widths = []
         for name, old, able in zip(layer.names, layer.bits, layer.widths, strict=True):
             new = match_bits(name, wanted)
@@ -111,7 +113,7 @@ def capture_again(runner: Any, vllm_config: Any) -> None:
 
     vLLM has two model runners. The older holds its graphs in wrappers, the newer in a manager too.
     """
-    if not runner.device.type == "cuda" or vllm_config.model_config.enforce_eager:
+    if runner.device.type != "cuda" or vllm_config.model_config.enforce_eager:
         return
     if vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
         return
@@ -122,7 +124,7 @@ def capture_again(runner: Any, vllm_config: Any) -> None:
     for wrapper in CUDAGraphWrapper._all_instances:
         kept += [entry.cudagraph for entry in wrapper.concrete_cudagraph_entries.values()][:1]
     CUDAGraphWrapper.clear_all_graphs()
-    if hasattr(manager, "release_graphs"):
+    if manager is not None and hasattr(manager, "release_graphs"):
         manager.release_graphs()
     elif manager is not None:
         graphs.clear()
