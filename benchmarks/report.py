@@ -14,6 +14,7 @@ from typing import Any
 from matgptq.bench import plot as plot_speed
 from matgptq.bench import target_us
 from matgptq.evaluate import WidthResult, plot
+from matgptq.plots import new_axes, save
 
 ROOT = Path(__file__).parents[1]
 WIDTHS = ("8", "6", "4", "3", "2")
@@ -113,6 +114,41 @@ def linear_tables(report: dict[str, Any]) -> str:
     return "\n".join([*parts, "\n".join(lines) + "\n"])
 
 
+def vllm_table(report: dict[str, Any]) -> str:
+    """Seconds of a run in vLLM and the speed-up over bf16, by linear layer and batch size."""
+    (dense,) = (row for row in report["results"] if row["linear"] == "bf16")
+    batches = list(dense["seconds"])
+    lines = [
+        f"{report['device']}, vLLM {report['vllm']}, {report['model']}. {report['method']} (times bf16's speed).\n",
+        "| | GiB | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
+        "| --- | --- |" + " --- |" * len(batches),
+    ]
+    for row in report["results"]:
+        cells = [
+            f"{row['seconds'][b]:.3f} ({dense['seconds'][b] / row['seconds'][b]:.2f})" if b in row["seconds"] else ""
+            for b in batches
+        ]
+        lines.append(f"| {row['linear']} | {row['weights_gib']:.2f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_vllm(report: dict[str, Any], path: Path) -> None:
+    """Draw the speed-up over bf16 in vLLM by batch size, a line a linear layer."""
+    (dense,) = (row for row in report["results"] if row["linear"] == "bf16")
+    batches = sorted(map(int, dense["seconds"]))
+    title = f"{report['device']}, vLLM {report['vllm']}"
+    axes = new_axes(xlabel="batch size", ylabel="speed-up over bf16", title=title, xscale="log")
+    for row in report["results"]:
+        if row.get("mode") == "resident":
+            continue
+        points = [(b, dense["seconds"][str(b)] / row["seconds"][str(b)]) for b in batches if str(b) in row["seconds"]]
+        style = "o-" if "mode" in row else "--"
+        axes.plot(*zip(*points, strict=True), style, label=row["linear"])
+    axes.set_xticks(batches, [str(b) for b in batches])
+    axes.minorticks_off()
+    save(axes, [path])
+
+
 def headline(report: dict[str, Any]) -> str:
     """The one number of the first screen."""
     row = of_shape(report, 8192, 8192)[4, 1]
@@ -139,6 +175,18 @@ def main() -> None:
     """Fill the pages and draw the plots."""
     path = ROOT / "benchmarks" / "results" / "h200" / "linear.json"
     write_linear(json.loads(path.read_text(encoding="utf-8")), ROOT)
+
+
+    path = ROOT / "benchmarks" / "results" / "h200" / "8192x8192_float16_packed.json"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    plot_speed(report, [ROOT / "assets" / "gpu_benchmark_8k.svg"], f"{report['device']}, 8192 x 8192, float16")
+    fill(ROOT / "README.md", "headline", headline(report))
+    fill(ROOT / "README.md", "gpu", gpu_table(report))
+    served = ROOT / "benchmarks" / "results" / "h200" / "vllm.json"
+    if served.exists():
+        report = json.loads(served.read_text(encoding="utf-8"))
+        fill(ROOT / "docs" / "vllm.md", "vllm", vllm_table(report))
+        plot_vllm(report, ROOT / "assets" / "vllm_speedups.svg")
     results = ROOT / "benchmarks" / "results" / "cpu"
     quality = json.loads((results / "quality.json").read_text(encoding="utf-8"))
     demo = json.loads((results / "demo.json").read_text(encoding="utf-8"))

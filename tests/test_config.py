@@ -182,3 +182,15 @@ def test_a_width_file_that_is_no_text_is_refused_by_name(tmp_path):
     path.write_bytes(b"\xff\xfe\x00a")
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: file must be UTF-8 text"):
         read_widths(path)
+
+
+def test_a_config_is_updated_by_what_was_asked():
+    stored = QuantConfig(bits=4, group_size=64, bits_per_layer={"*.q_proj": 6})
+    assert stored.updated({"quant_method": "matgptq"}) == stored
+    assert stored.updated({"quant_method": "matgptq", "bits": 3}) == QuantConfig(bits=3, group_size=64)
+    published = {"quant_method": "matgptq_quant", "inference_bitwidth": 3, "quant_dtype": "float16"}
+    assert stored.updated(published) == QuantConfig(bits=3, group_size=64)
+    with pytest.raises(ValueError, match="config: keys must be among .*, got 'groups'"):
+        stored.updated({"quant_method": "matgptq", "groups": 1}, where="config")
+    with pytest.raises(ValueError, match="quant_method must be matgptq or matgptq_quant, got None"):
+        stored.updated({"bits": 3})
