@@ -17,9 +17,11 @@ others go on, and the exit status is 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -105,6 +107,7 @@ def measure(llm: Any, options: argparse.Namespace) -> dict[str, Any]:
 
 def run_engine(engine: str, folder: Path, options: argparse.Namespace, results: Connection) -> None:
     """Start an engine, measure it and send a row a width. Runs in a process of its own."""
+    os.setsid()  # so that what vLLM starts can be ended with it
     os.environ |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # `memory` goes to the worker as a function
     os.environ |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -194,12 +197,14 @@ def collect(engine: str, folder: Path, options: argparse.Namespace, report: dict
         if row:
             report["results"] = [r for r in report["results"] if r["linear"] != row["linear"]] + [row]
             if out is None:
-                out = ROOT / "benchmarks" / "results" / report["device"].split()[-1].lower() / "vllm.json"
+                gpu = report["device"].removeprefix("NVIDIA ").split()[0].lower()
+                out = ROOT / "benchmarks" / "results" / gpu / "vllm.json"
             write(report, out)
             print(f"   {json.dumps(row)}", flush=True)
     process.join(30)
-    if process.is_alive():
-        process.kill()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # what is left of it would keep the GPU's memory
+    process.join()
     return error
 
 

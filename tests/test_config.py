@@ -190,7 +190,7 @@ def test_a_config_is_updated_by_what_was_asked():
     assert stored.updated({"quant_method": "matgptq", "bits": 3}) == QuantConfig(bits=3, group_size=64)
     published = {"quant_method": "matgptq_quant", "inference_bitwidth": 3, "quant_dtype": "float16"}
     assert stored.updated(published) == QuantConfig(bits=3, group_size=64)
-    with pytest.raises(ValueError, match="config: keys must be among .*, got 'groups'"):
+    with pytest.raises(ValueError, match=r"config: keys must be among .*, got 'groups'"):
         stored.updated({"quant_method": "matgptq", "groups": 1}, where="config")
-    with pytest.raises(ValueError, match="quant_method must be matgptq or matgptq_quant, got None"):
+    with pytest.raises(ValueError, match=r"quant_method must be .*, got None"):
         stored.updated({"bits": 3})

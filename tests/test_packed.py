@@ -190,3 +190,24 @@ def test_a_compiled_packed_layer_has_no_graph_breaks():
         for bits in (4, 3):
             packed.bits = bits
             torch.testing.assert_close(compiled(X.half()), packed(X.half()))
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_rows_are_a_layer_in_the_same_memory(resident):
+    whole = layer(sym=False, own=(4,), act_order=True)
+    whole.bits = 4
+    packed = PackedLinear(whole, dtype=torch.float16, resident=resident)
+    x = torch.randn(3, 96).half()
+    for source in (whole, packed):
+        part = source.rows(64, 70)
+        assert torch.equal(part(x), source(x)[:, 64:])
+        assert part.served_scales.untyped_storage().data_ptr() == source.served_scales.untyped_storage().data_ptr()
+    if resident:
+        part.bits = 3
+        whole.bits = 3
+        assert packed.bits == 4
+        torch.testing.assert_close(part(x), whole(x)[:, 64:], rtol=1e-3, atol=1e-2)
+    with pytest.raises(ValueError, match="rows must be cut at multiples of 64, got 32 to 70"):
+        packed.rows(32, 70)
+    with pytest.raises(ValueError, match="rows must be cut at multiples of 64, got 0 to 32"):
+        packed.rows(0, 32)

@@ -15,7 +15,7 @@ import vllm_matgptq.linear
 from matgptq.config import QuantConfig
 from matgptq.planes import pack_planes
 from vllm_matgptq import MatGPTQConfig, engine_args
-from vllm_matgptq.linear import FusedLinear, MatGPTQLinearMethod, fuse
+from vllm_matgptq.linear import FusedLinear, MatGPTQLinearMethod
 
 COLUMNS, GROUP = 128, 32
 HEAD = 64
@@ -179,19 +179,6 @@ def test_packed_as_on_a_gpu_gives_the_same(sizes, resident, perm):
             for layer, width in zip(layers, bits, strict=True):
                 layer.bits = width
             torch.testing.assert_close(fused(x), torch.cat([layer(x) for layer in layers], 1), rtol=2e-3, atol=2e-3)
-
-
-def test_rows_share_memory_and_have_a_width_of_their_own():
-    layer = whole(stored(128, 0, perm=True), 4)
-    packed = matgptq.PackedLinear(layer, dtype=torch.float16)
-    for source in (layer, packed):
-        part = source.rows(64, 128)
-        part.bits = 3
-        assert (part.out_features, source.bits, part.bits) == (128 - 64, 4, 3)
-    assert packed.rows(64, 128).planes.data_ptr() == packed.planes[1].data_ptr()
-    with pytest.raises(ValueError, match="rows must be cut at multiples of 64, got 32 to 128"):
-        packed.rows(32, 128)
-    assert fuse([layer]) is layer
 
 
 def test_the_override_may_be_short(tmp_path):
