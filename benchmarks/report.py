@@ -114,6 +114,36 @@ def linear_tables(report: dict[str, Any]) -> str:
     return "\n".join([*parts, "\n".join(lines) + "\n"])
 
 
+def transformers_table(report: dict[str, Any]) -> str:
+    """Tokens a second by width and loop; a change of width."""
+    loops = list(dict.fromkeys(r["loop"] for r in report["results"]))
+    batches = list(dict.fromkeys(b for r in report["results"] for b in r["tokens_per_second"]))
+    columns = [(loop, batch) for loop in loops for batch in batches]
+    found = {
+        (r["bits"], r["loop"], batch): rate for r in report["results"] for batch, rate in r["tokens_per_second"].items()
+    }
+    lines = [
+        f"{report['device']}, Transformers {report['transformers']}, torch {report['torch']}, {report['model']}, "
+        f"{report['prompt_tokens']} tokens in, {report['new_tokens']} out; tokens a second (times dense).\n",
+        "| | " + " | ".join(f"`{loop}`, batch {batch}" for loop, batch in columns) + " |",
+        "| --- |" + " --- |" * len(columns),
+    ]
+    for bits in sorted({r["bits"] for r in report["results"]}):
+        cells = []
+        for column in columns:
+            rate, dense = found.get((bits, *column)), found.get((16, *column))
+            ratio = f" ({rate / dense:.2f})" if rate and dense and bits != 16 else ""
+            cells.append(f"{rate:.0f}{ratio}" if rate else "")
+        lines.append(f"| {'dense' if bits == 16 else f'{bits} bits'} | " + " | ".join(cells) + " |")
+    first = [c["seconds"] * 1e3 for c in report["width_changes"][: len(report["width_changes"]) // 2]]
+    again = [c["seconds"] * 1e3 for c in report["width_changes"][len(report["width_changes"]) // 2 :]]
+    lines.append(
+        f"\nA change to a width takes {min(first):.0f} to {max(first):.0f} ms the first time and {min(again):.0f} to "
+        f"{max(again):.0f} ms later; the tokens of a width are the same when it comes back."
+    )
+    return "\n".join(lines) + "\n"
+
+
 def vllm_table(report: dict[str, Any]) -> str:
     """Seconds of a run in vLLM and the speed-up over bf16, by linear layer and batch size."""
     (dense,) = (row for row in report["results"] if row["linear"] == "bf16")
@@ -175,17 +205,18 @@ def main() -> None:
     """Fill the pages and draw the plots."""
     path = ROOT / "benchmarks" / "results" / "h200" / "linear.json"
     write_linear(json.loads(path.read_text(encoding="utf-8")), ROOT)
-
-    path = ROOT / "benchmarks" / "results" / "h200" / "8192x8192_float16_packed.json"
-    report = json.loads(path.read_text(encoding="utf-8"))
-    plot_speed(report, [ROOT / "assets" / "gpu_benchmark_8k.svg"], f"{report['device']}, 8192 x 8192, float16")
-    fill(ROOT / "README.md", "headline", headline(report))
-    fill(ROOT / "README.md", "gpu", gpu_table(report))
     served = ROOT / "benchmarks" / "results" / "h200" / "vllm.json"
     if served.exists():
         report = json.loads(served.read_text(encoding="utf-8"))
         fill(ROOT / "docs" / "vllm.md", "vllm", vllm_table(report))
         plot_vllm(report, ROOT / "assets" / "vllm_speedups.svg")
+    decoded = ROOT / "benchmarks" / "results" / "h200" / "transformers.json"
+    if decoded.exists():
+        fill(
+            ROOT / "docs" / "transformers.md",
+            "transformers",
+            transformers_table(json.loads(decoded.read_text("utf-8"))),
+        )
     results = ROOT / "benchmarks" / "results" / "cpu"
     quality = json.loads((results / "quality.json").read_text(encoding="utf-8"))
     demo = json.loads((results / "demo.json").read_text(encoding="utf-8"))
