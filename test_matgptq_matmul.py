@@ -38,7 +38,13 @@ def cases(gpu: bool) -> list[Case]:
         Case(m, 200, 384, bits, group_size=g)
         for g, bits, m in product((-1, 16, 32, 48, 64, 128), range(2, 9), (1, 9) if gpu else (1,))
     ]
-    return every + ragged + groups
+    many = [
+        Case(m, n, k, bits, dtype)
+        for m, (n, k), bits, dtype in product(
+            (96, 128, 200, 512, 1000, 4096, 8192), ((320, 512), (1300, 1024)), (2, 3, 4, 6, 8), ("float16", "bfloat16")
+        )
+    ]
+    return every + ragged + groups + (many if gpu else [])
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matgptq.kernels.launch import Launcher
+from matgptq.kernels.launch import make_launcher
 from matgptq.kernels.matmul import matmul, warmup
 from matgptq.kernels.packing import pack_codes, pack_scales, unpack
 from matgptq.kernels.tiles import Problem, choose
@@ -163,6 +163,7 @@ def product_cases(quick: bool) -> Iterator[tuple[dict[str, Any], int]]:
             }
             yield layer, M
     holds = ((False, "round"), (True, "round"), (True, "prefix"))
+    many = 0
     for dtype, bits in itertools.product(DTYPES, (2, 4, 7) if quick else range(2, 9)):
         for group_size, zeros, (resident, rule) in itertools.product((-1, 16, 48, 32, 64, 128), (False, True), holds):
             layer = {
@@ -177,6 +178,8 @@ def product_cases(quick: bool) -> Iterator[tuple[dict[str, Any], int]]:
                 "bias": True,
             }
             yield layer, 5
+            many += 1
+            yield layer, (40, 120, 300)[many % 3]  # hopper.cu, where there is one
     shapes = [
         (1, 16),
         (17, 48),
@@ -189,8 +192,10 @@ def product_cases(quick: bool) -> Iterator[tuple[dict[str, Any], int]]:
         (1000, 14336),
         (130, 33024),
     ]
-    for (N, K), bits, M in itertools.product(shapes, (2, 3, 4, 6, 8), (1, 3, 16, 33, 130)):
+    for (N, K), bits, M in itertools.product(shapes, (2, 3, 4, 6, 8), (1, 3, 16, 33, 130, 257, 1000)):
         yield {"N": N, "K": K, "bits": bits, "group_size": 16 if K % 64 else 64}, M
+    for M, bits in itertools.product((24, 48, 96, 192, 500, 2048, 4000, 8192, 9000), (2, 4, 8)):
+        yield {"N": 1300, "K": 640, "bits": bits, "dtype": ("float16", "bfloat16")[bits // 4 % 2]}, M
 
 
 def check_products(checks: Checks, quick: bool) -> None:
@@ -221,7 +226,7 @@ def check_older_gpus(checks: Checks) -> None:
     for sm, bits, M in itertools.product((80, 86), (2, 4, 7), (1, 9, 40)):
         options: dict[str, Any] = {"N": 320, "K": 2048, "bits": bits, "resident": bits == 4, "zeros": bits == 7}
         layer, x, here = Layer(**options), tokens(M, 2048, "float16"), problem_of(options, M)
-        launcher = Launcher(here, choose(replace(here, sm=sm)), 0, programmatic=False)
+        launcher = make_launcher(here, choose(replace(here, sm=sm)), 0, programmatic=False)
         y = torch.full((M, 320), float("nan"), device="cuda", dtype=torch.float16)
         zeros = 0 if layer.zeros is None else layer.zeros.data_ptr()
         stream = torch.cuda.current_stream().cuda_stream
@@ -232,7 +237,7 @@ def check_older_gpus(checks: Checks) -> None:
 
 def check_determinism(checks: Checks) -> None:
     """The same bits again, and a row's whatever the other rows hold."""
-    for bits, M, (N, K) in itertools.product((2, 4, 8), (1, 5, 16, 40), ((512, 4096), (4096, 4096))):
+    for bits, M, (N, K) in itertools.product((2, 4, 8), (1, 5, 16, 40, 100, 600), ((512, 4096), (4096, 4096))):
         layer, x = Layer(N, K, bits), tokens(M, K, "float16")
         first = layer(x)
         checks.expect(all(torch.equal(layer(x), first) for _ in range(5)), f"same bits again {bits=} {M=} {N}x{K}")

@@ -19,6 +19,8 @@ CASES = [  # bits, M, N, K, group_size, zeros, resident
     (8, 40, 192, 576, 32, True, False),
     (4, 130, 100, 208, 16, False, False),
     (7, 8, 128, 4096, -1, False, True),
+    (6, 600, 300, 640, 128, False, False),
+    (5, 20, 601, 4160, -1, True, True),
 ]
 
 

@@ -14,9 +14,9 @@ def code_at(planes: list, bits: int, row: int, k: int) -> int:
     h, g = divmod(row, 8)
     tile_k, k = divmod(k, 64)
     j, k = divmod(k, 32)
-    t, k = divmod(k, 8)
-    half, k = divmod(k, 4)
-    u, v = divmod(k, 2)
+    half, k = divmod(k, 16)
+    u, k = divmod(k, 8)
+    t, v = divmod(k, 2)
 
     def bit(plane: int, position: int) -> int:
         return (planes[tile_row][tile_k][plane][4 * g + t][r] >> position) & 1

@@ -4,7 +4,21 @@ import itertools
 
 import pytest
 
-from matgptq.kernels.tiles import Problem, can_implement, choose, grid, inbox_offset, shared_bytes, supports
+from matgptq.kernels import hopper
+from matgptq.kernels.hopper import HopperConfig
+from matgptq.kernels.matmul import _bucket
+from matgptq.kernels.problem import Problem, can_implement
+from matgptq.kernels.tiles import (
+    Config,
+    architecture,
+    choose,
+    defines,
+    grid,
+    inbox_offset,
+    linear_choice,
+    shared_bytes,
+    supports,
+)
 
 SHAPES = [
     (1, 16),
@@ -27,7 +41,9 @@ def test_choose_covers_every_problem(sm):
             if group_size > 0 and K % group_size:
                 continue
             problem = Problem(M, N, K, bits, "float16", group_size, resident, rule, zeros, sm)
-            config = choose(problem)
+            config = linear_choice(problem)
+            if M <= 16 or sm != 90:
+                assert choose(problem) == config
             assert supports(config, problem), (problem, config)
             blocks = grid(problem, config)
             assert blocks[0] == config.splits
@@ -35,6 +51,41 @@ def test_choose_covers_every_problem(sm):
             assert blocks[2] * config.rows >= N
             assert inbox_offset(problem, config) % 16 == 0
             assert shared_bytes(problem, config) <= 227 * 1024
+
+
+def test_hopper_covers_every_problem_of_many_tokens():
+    ways = [(False, "round"), (True, "round"), (True, "prefix")]
+    for (N, K), bits, M, (resident, rule) in itertools.product(
+        SHAPES, range(2, 9), (17, 64, 65, 190, 256, 1000, 8192), ways
+    ):
+        for group_size, zeros in itertools.product((-1, 16, 48, 128), (False, True)):
+            if group_size > 0 and K % group_size:
+                continue
+            problem = Problem(M, N, K, bits, "bfloat16", group_size, resident, rule, zeros)
+            config = choose(problem)
+            assert isinstance(config, HopperConfig), problem
+            assert supports(config, problem), (problem, config)
+            assert hopper.shared_bytes(problem, config) <= 227 * 1024
+            assert hopper.barriers_offset(problem, config) % 1024 == 0
+            assert config.splits * config.split_turns(problem) * config.turn_tiles >= problem.k_tiles
+            assert architecture(problem, config) == "sm_90a"
+            assert defines(problem, config)["KERNEL"] == "hopper"
+
+
+def test_tokens_choose_the_kernel():
+    assert isinstance(choose(Problem(16, 8192, 8192, 4)), Config)
+    assert isinstance(choose(Problem(17, 8192, 8192, 4)), HopperConfig)
+    assert isinstance(choose(Problem(1000, 8192, 8192, 4, sm=80)), Config)
+    assert isinstance(choose(Problem(1000, 8192, 8192, 4, sm=100)), Config)
+
+
+def test_buckets_hold_their_tokens():
+    buckets = [_bucket(M) for M in range(8193)]
+    assert buckets[:65] == list(range(65))
+    assert all(M <= bucket <= max(M * 1.125, M + 1) for M, bucket in enumerate(buckets))
+    assert buckets == sorted(buckets)
+    assert len(set(buckets)) == 65 + 8 * 7
+    assert _bucket(100_000) == 8192
 
 
 def test_can_implement_says_why():

@@ -1,1 +1,1 @@
-"""Low-batch CUDA kernels: packing, tile choice, compilation by NVRTC, launch."""
+"""CUDA kernels: packing, tile choice, compilation by NVRTC, launch."""

@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 
-from . import nvrtc
-from .tiles import Config, Problem, defines, grid, inbox_offset, shared_bytes
+from . import hopper, nvrtc
+from .hopper import HopperConfig
+from .problem import TILE, Problem
+from .tiles import AnyConfig, Config, architecture, defines, grid, inbox_offset, shared_bytes
 
 _KERNEL = b"matgptq_linear"
 _PARAMS = struct.Struct("6Q10if4x")  # linear.cu, Params
+_HOPPER = struct.Struct("128s5Q10if44x")  # hopper.cu, Params
+_MANY_MAPS = 1024  # tensor maps that a launcher keeps
 _thread = threading.local()  # a launch writes its parameters into memory of its thread: the driver copies them
 
 
@@ -20,21 +24,28 @@ class LaunchError(RuntimeError):
     """The CUDA driver refused to load or launch a kernel."""
 
 
+def make_launcher(problem: Problem, config: AnyConfig, device: int, programmatic: bool = True) -> "Launcher":
+    """The launcher of a tile's kernel."""
+    if isinstance(config, HopperConfig):
+        return HopperLauncher(problem, config, device, programmatic)
+    return Launcher(problem, config, device, programmatic)
+
+
 class Launcher:
     """One problem's kernel on one device, for at most ``problem.M`` tokens; for any number if that fills a tile."""
 
     def __init__(self, problem: Problem, config: Config, device: int, programmatic: bool = True):
-        driver = _driver()
-        self.problem, self._config = problem, config
-        self.checked: set[tuple[int, ...]] = set()  # operands that matmul has checked
-        # The decoded level is taken about 128; without a zeros tensor that is the zero point as well.
-        shift = problem.level_offset + (128.0 if problem.zeros else 0.0)
-        sizes = (problem.N, problem.K, problem.row_tiles, problem.k_tiles, problem.stored, problem.groups)
+        self._prepare(problem, config, shared_bytes(problem, config), device, programmatic)
         splits = (config.split_tiles(problem), config.chunk_tiles, inbox_offset(problem, config))
-        self._constants = (*sizes, *splits, shift)
-        self._shared = shared_bytes(problem, config)
+        self._constants = (*_sizes(problem), *splits, _shift(problem))
+        self._config = config
         self._grid, self._tokens = grid(problem, config), config.tokens
-        self._function = _load(tuple(defines(problem, config).items()), f"sm_{problem.sm}", device)
+
+    def _prepare(self, problem: Problem, config: AnyConfig, shared: int, device: int, programmatic: bool) -> None:
+        driver = _driver()
+        self.problem, self._shared = problem, shared
+        self.checked: set[tuple[int, ...]] = set()  # operands that matmul has checked
+        self._function = _load(tuple(defines(problem, config).items()), architecture(problem, config), device)
         _check(
             driver.cuFuncSetAttribute(
                 self._function,
@@ -65,21 +76,63 @@ class Launcher:
         try:
             buffer, address = _thread.params
         except AttributeError:
-            buffer, address = _thread.params = _params()
+            buffer, address = _thread.params = _params(_PARAMS.size)
         _PARAMS.pack_into(buffer, 0, x, planes, scales, zeros, bias, y, M, *self._constants)
         (status,) = self._launch(launch, self._function, address, 0)
         if status:
             _check((status,))
 
     def _configuration(self, stream: int, token_blocks: int) -> Any:
+        splits, _, row_blocks = self._grid
+        return self._launch_configuration(stream, (splits, token_blocks, row_blocks), self._config.threads)
+
+    def _launch_configuration(self, stream: int, blocks: tuple[int, int, int], threads: int) -> Any:
         launch = _driver().CUlaunchConfig()
-        launch.gridDimX, _, launch.gridDimZ = self._grid
-        launch.gridDimY = token_blocks
-        launch.blockDimX, launch.blockDimY, launch.blockDimZ = self._config.threads, 1, 1
+        launch.gridDimX, launch.gridDimY, launch.gridDimZ = blocks
+        launch.blockDimX, launch.blockDimY, launch.blockDimZ = threads, 1, 1
         launch.sharedMemBytes = self._shared
         launch.hStream = stream
         launch.attrs, launch.numAttrs = self._attributes, len(self._attributes)
         return launch
+
+
+class HopperLauncher(Launcher):
+    """The same for hopper.cu, and for any number of tokens."""
+
+    def __init__(self, problem: Problem, config: HopperConfig, device: int, programmatic: bool = True):
+        self._prepare(problem, config, hopper.shared_bytes(problem, config), device, programmatic)
+        self._tile = config
+        splits = (config.splits, config.split_turns(problem), hopper.barriers_offset(problem, config))
+        self._constants = (*_sizes(problem), *splits, _shift(problem))
+        self._row_blocks = -(-problem.N // config.rows)
+        self._resident = torch.cuda.get_device_properties(device).multi_processor_count * config.blocks
+        self._maps: dict[tuple[int, int], bytes] = {}  # (address of x, M) -> tensor map
+
+    def __call__(self, stream: int, M: int, x: int, planes: int, scales: int, zeros: int, bias: int, y: int) -> None:
+        """Launches on ``stream``; the rest are device addresses, 0 for none."""
+        token_blocks = -(-M // self._tile.tokens)
+        launch = self._launches.get((stream, token_blocks))
+        if launch is None:
+            launch = self._launches[(stream, token_blocks)] = self._configuration(stream, token_blocks)
+        tensor_map = self._maps.get((x, M))
+        if tensor_map is None:
+            if len(self._maps) >= _MANY_MAPS:
+                self._maps.clear()
+            tensor_map = self._maps[(x, M)] = _tensor_map(x, M, self.problem.K, self._tile.tokens)
+        try:
+            buffer, address = _thread.hopper
+        except AttributeError:
+            buffer, address = _thread.hopper = _params(_HOPPER.size)
+        _HOPPER.pack_into(buffer, 0, tensor_map, planes, scales, zeros, bias, y, M, *self._constants)
+        (status,) = self._launch(launch, self._function, address, 0)
+        if status:
+            _check((status,))
+
+    def _configuration(self, stream: int, token_blocks: int) -> Any:
+        blocks = self._row_blocks * token_blocks * self._tile.splits
+        if self._tile.persistent:
+            blocks = min(blocks, self._resident)
+        return self._launch_configuration(stream, (blocks, 1, 1), self._tile.threads)
 
 
 @cache
@@ -113,9 +166,38 @@ def _shared_of(function: Any) -> int:
     return _check(_driver().cuFuncGetAttribute(attribute, function))
 
 
-def _params() -> tuple[ctypes.Array[ctypes.c_char], int]:
+def _sizes(problem: Problem) -> tuple[int, ...]:
+    return problem.N, problem.K, problem.row_tiles, problem.k_tiles, problem.stored, problem.groups
+
+
+def _shift(problem: Problem) -> float:
+    # The decoded level is taken about 128; without a zeros tensor that is the zero point as well.
+    return problem.level_offset + (128.0 if problem.zeros else 0.0)
+
+
+def _tensor_map(x: int, M: int, K: int, tokens: int) -> bytes:
+    """How TMA reads boxes of ``tokens`` x 64 k of x (M, K): 16-bit values, rows swizzled, zeros beyond the edges."""
+    driver = _driver()
+    tensor_map = _check(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+            2,
+            x,
+            [driver.cuuint64_t(K), driver.cuuint64_t(M)],
+            [driver.cuuint64_t(2 * K)],
+            [driver.cuuint32_t(TILE), driver.cuuint32_t(tokens)],
+            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+    return ctypes.string_at(tensor_map.getPtr(), 128)
+
+
+def _params(size: int) -> tuple[ctypes.Array[ctypes.c_char], int]:
     """A buffer for Params, and the address of the argument list that points to it (kept behind it)."""
-    size = _PARAMS.size
     buffer = ctypes.create_string_buffer(size + 8)
     start = ctypes.addressof(buffer)
     struct.pack_into("Q", buffer, size, start)

@@ -8,8 +8,8 @@
 //
 // Weight layout: planes[row tile][k tile][plane][lane][4 words], 64 rows x 64 k to a tile, 512 bytes a plane and tile;
 // word r of a lane belongs to the tile's rows 16r .. 16r+15 (decode.cuh has the bits). With lane = 4g + t a lane holds rows
-// 16r + g and 16r + 8 + g, and of each block of 32 k the eight k 8t .. 8t+7, for which its B operands of two MMA steps are 16
-// contiguous bytes of x. The first BITS + ROUND planes of a tile are read, of any number stored: one 8-bit copy serves all widths.
+// 16r + g and 16r + 8 + g, and of every 16 k the four that are its part of an A operand: 2t, 2t + 1, 2t + 8, 2t + 9.
+// The first BITS + ROUND planes of a tile are read, of any number stored: one 8-bit copy serves all widths.
 // scales[row tile][group][8g + 2r + h] (h: row g or g + 8) are read like one more plane, 16 bytes a lane; so are zeros.
 //
 // A block owns WARPS_N * ROW_TILES row tiles and its share of k; its WARPS_K warps take turns of K_TILES k tiles. Each lane
@@ -44,7 +44,7 @@ constexpr int kTokens = 8 * TOKEN_TILES;
 constexpr int kBlockTiles = WARPS_N * ROW_TILES, kRows = 64 * kBlockTiles;
 constexpr int kPitch = kRows + 4;    // of a token's partial sums: the lanes of a store hit 32 banks
 constexpr int kTurn = 64 * K_TILES;  // k of a turn
-// Parts of a turn that share a scale for certain. A part of 16 k is half the lanes' k of two MMA steps.
+// Parts of a turn that share a scale for certain.
 constexpr int kPart = GROUP_SIZE % kTurn == 0 ? kTurn : GROUP_SIZE % 64 == 0 ? 64 : GROUP_SIZE % 32 == 0 ? 32 : 16;
 constexpr int kParts = kTurn / kPart;
 // What a stage of the ring holds for a row tile, in slabs of 16 bytes a lane: planes of each k tile, scales and zeros of each part.
@@ -119,8 +119,11 @@ __device__ __forceinline__ int group_of(int k) {
   else return unsigned(k) / GROUP_SIZE;
 }
 
-// Starts copying x of some k tiles to shared memory: [k32 block][token][32 k], so that the lanes' 16-byte loads meet no bank
-// conflict; zeros beyond K.
+// Where 8 k of a token lie in the [k32 block][token][32 k] of a chunk: four such quarters to a block, in an order that
+// differs between pairs of tokens, so that the eight tokens of a matrix that ldmatrix reads meet no bank conflict.
+__device__ __forceinline__ int quarter_place(int token, int quarter) { return token * 4 + (quarter ^ (token / 2 % 4)); }
+
+// Starts copying x of some k tiles to shared memory; zeros beyond K.
 __device__ __forceinline__ void copy_x(uint32_t shared, const Params& p, int first_token, int tokens, int first_tile, int tiles) {
   const int lines = tiles * 2 * tokens, quarter = threadIdx.x % 4;  // 64 bytes, by four lanes
   constexpr int kStep = kThreads / 4;
@@ -129,20 +132,26 @@ __device__ __forceinline__ void copy_x(uint32_t shared, const Params& p, int fir
   for (; line < lines; line += kStep) {
     const int k = first_tile * 64 + block * 32 + quarter * 8;
     const uint16_t* from = p.x + size_t(first_token + token) * p.K + (k < p.K ? k : 0);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared + (line * 4 + quarter) * 16), "l"(from), "r"(k < p.K ? 16 : 0)
-                 : "memory");
+    const uint32_t to = shared + (block * tokens * 4 + quarter_place(token, quarter)) * 16;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(k < p.K ? 16 : 0) : "memory");
     block += step_blocks, token += step_tokens;
     if (token >= tokens) token -= tokens, ++block;
   }
 }
 
-// sum += the MMA steps of one part of a turn. Where a part is 16 k, the lanes that hold the other 16 give zeros.
-__device__ __forceinline__ void multiply_part(float (&sum)[4], int part, int t, const uint32_t (&operand)[4 * K_TILES][4],
+// Four 8x8 matrices, a row's address from each lane: this lane's part of four B operand registers.
+__device__ __forceinline__ void load_matrices(uint32_t* b, uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+               : "r"(row)
+               : "memory");
+}
+
+// sum += the MMA steps of one part of a turn.
+__device__ __forceinline__ void multiply_part(float (&sum)[4], int part, const uint32_t (&operand)[4 * K_TILES][4],
                                               const uint32_t (&b)[8 * K_TILES]) {
-  const int first = part * kPart / 32 * 2, steps = kPart < 32 ? 2 : kPart / 16;
-  const bool ours = kPart >= 32 || t / 2 == part % 2;
 #pragma unroll
-  for (int s = first; s < first + steps; ++s) T::mma(sum, operand[s], ours ? b[2 * s] : 0, ours ? b[2 * s + 1] : 0);
+  for (int s = part * kPart / 16; s < (part + 1) * kPart / 16; ++s) T::mma(sum, operand[s], b[2 * s], b[2 * s + 1]);
 }
 
 // Word r of four, r known at compile time.
@@ -224,19 +233,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
     wait_copies<STAGES - 1>();
     __syncthreads();  // all threads' copies have landed, and the last chunk has been read
     if (chunk_end < k_end) fetch_x(chunk_end, buffer ^ 1);
-    const uint4* const x = reinterpret_cast<const uint4*>(shared + kRingBytes + buffer * x_bytes);
+    const uint32_t x = x_address + buffer * x_bytes;
 
     for (; k_tile < chunk_end; k_tile += kStride) {
       uint32_t b[TOKEN_TILES][8 * K_TILES];  // the B operands of step s: b[.][2s], b[.][2s + 1]
 #pragma unroll
       for (int j = 0; j < TOKEN_TILES; ++j) {
         // Columns beyond the last token may hold anything: they are computed alone and not stored.
-        const uint4* from = x + ((k_tile - chunk) * 2 * tokens + min(j * 8 + g, tokens - 1)) * 4 + t;
+        const uint32_t row = x + ((k_tile - chunk) * 8 * tokens + quarter_place(min(j * 8 + lane % 8, tokens - 1), lane / 8)) * 16;
 #pragma unroll
-        for (int block = 0; block < 2 * K_TILES; ++block) {
-          const uint4 v = from[block * tokens * 4];
-          b[j][block * 4 + 0] = v.x, b[j][block * 4 + 1] = v.y, b[j][block * 4 + 2] = v.z, b[j][block * 4 + 3] = v.w;
-        }
+        for (int block = 0; block < 2 * K_TILES; ++block) load_matrices(&b[j][block * 4], row + block * tokens * 64);
       }
       // What all rows share: the operands' bases taken off, and the sum of the tokens' x, which a shift of the levels multiplies.
       float start[TOKEN_TILES][kParts][4] = {}, sum[TOKEN_TILES][kParts][4] = {};
@@ -251,8 +257,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
         for (int j = 0; j < TOKEN_TILES; ++j) {
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
-            if constexpr (!Decode::kCentred) multiply_part(start[j][part], part, t, bases, b[j]);
-            if constexpr (SHIFT > 0) multiply_part(sum[j][part], part, t, ones, b[j]);
+            if constexpr (!Decode::kCentred) multiply_part(start[j][part], part, bases, b[j]);
+            if constexpr (SHIFT > 0) multiply_part(sum[j][part], part, ones, b[j]);
             if constexpr (SHIFT > 0) {
 #pragma unroll
               for (int e = 0; e < 4; ++e) start[j][part][e] += p.shift / kUnit * sum[j][part][e];
@@ -295,7 +301,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
               float dot[4];
 #pragma unroll
               for (int e = 0; e < 4; ++e) dot[e] = start[j][part][e];
-              multiply_part(dot, part, t, operand, b[j]);
+              multiply_part(dot, part, operand, b[j]);
 #pragma unroll
               for (int e = 0; e < 4; ++e) {
                 if constexpr (SHIFT == 2) dot[e] -= zero[e / 2] * sum[j][part][e];

@@ -1,16 +1,18 @@
 """y = x W^T + bias on CUDA, W packed by ``packing.pack_codes``."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 
 import torch
 
 from . import nvrtc
-from .launch import Launcher
+from .launch import Launcher, make_launcher
 from .packing import TILE
-from .tiles import Problem, can_implement, choose, defines
+from .problem import Problem, can_implement
+from .tiles import architecture, choose, defines
 
-_MANY_TOKENS = 65  # from here on the tile does not depend on M
+_MANY_TOKENS = 8192  # from here on the tile does not depend on M
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _MANY = 4096  # checked addresses and shapes that are remembered: more than a model has layers
 Plan = tuple[int, tuple[int, ...], tuple[int, ...], Launcher]  # M, shape and strides of y, the kernel
@@ -107,14 +109,14 @@ class BoundMatmul:
             raise ValueError(f"x must have in_features {K} columns, got shape {tuple(shape)}")
         M = shape[:-1].numel()
         y = torch.empty((*shape[:-1], N), device="meta")
-        plan = M, tuple(y.shape), y.stride(), self.load(min(M, _MANY_TOKENS), dtype, zeros, index)
+        plan = M, tuple(y.shape), y.stride(), self.load(_bucket(M), dtype, zeros, index)
         if len(self._plans) >= _MANY:
             self._plans.clear()
         self._plans[(shape, dtype, zeros, index)] = plan
         return plan
 
     def load(self, M: int, dtype: torch.dtype, zeros: bool, index: int) -> Launcher:
-        """Compile and load the kernel for ``M`` tokens, at most `_MANY_TOKENS`, on the device ``index``."""
+        """Compile and load the kernel for ``M`` tokens, a `_bucket`, on the device ``index``."""
         key = (M, dtype, zeros, index)
         if key not in self._launchers:
             N, K, bits, group_size, rule, resident = self._constants
@@ -134,13 +136,21 @@ def warmup(problems: Iterable[Problem], device: torch.device | str | int = "cuda
     """Compiles (in parallel) and loads what problems need: before a CUDA graph is captured, or a first token is due."""
     device = torch.device(device)
     index = torch.cuda.current_device() if device.index is None else device.index
-    problems = list(problems)
-    variants = {(tuple(defines(p, choose(p)).items()), f"sm_{p.sm}") for p in problems}
+    problems = [replace(p, M=_bucket(max(p.M, 1))) for p in problems]
+    variants = {(tuple(defines(p, c).items()), architecture(p, c)) for p, c in ((p, choose(p)) for p in problems)}
     nvrtc.load_cubins((dict(macros), arch) for macros, arch in sorted(variants))
     names = {name: dtype for dtype, name in _DTYPES.items()}
     for p in problems:
         call = bind(p.bits, p.group_size, p.K, p.N, p.rule, p.resident)
-        call.load(min(max(p.M, 1), _MANY_TOKENS), names[p.dtype], p.zeros, index)
+        call.load(p.M, names[p.dtype], p.zeros, index)
+
+
+def _bucket(M: int) -> int:
+    """The number of tokens that a tile is chosen for: from 64 on the next of eight to each power of two."""
+    if M <= 64:
+        return M
+    step = 1 << ((M - 1).bit_length() - 4)
+    return min(-(-M // step) * step, _MANY_TOKENS)
 
 
 def _launcher(
@@ -163,7 +173,7 @@ def _launcher(
     able, reason = can_implement(problem)
     if not able:
         raise ValueError(reason)
-    return Launcher(problem, choose(problem), index)
+    return make_launcher(problem, choose(problem), index)
 
 
 def _check_operands(

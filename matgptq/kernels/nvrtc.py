@@ -1,4 +1,4 @@
-"""linear.cu to a cubin, by NVRTC, from a disk cache where it can.
+"""The kernels to cubins, by NVRTC, from a disk cache where it can.
 
 Nothing but NVRTC is needed: no nvcc, no host compiler, no CUDA headers, no GPU. Cubins are cached by source, macros,
 architecture and NVRTC version in $MATGPTQ_CACHE; where that is not set in ~/.cache/matgptq ($XDG_CACHE_HOME), and where
@@ -18,8 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_SOURCE = Path(__file__).parent / "linear.cu"
-_HEADERS = (Path(__file__).parent / "decode.cuh",)
+_FOLDER = Path(__file__).parent
+_HEADERS = (_FOLDER / "decode.cuh",)
 _OPTIONS = ("--std=c++17", "--ptxas-options=-v")
 
 
@@ -28,21 +28,20 @@ class CompileError(RuntimeError):
 
 
 def compile_cubin(macros: dict[str, str], arch: str) -> tuple[bytes, str]:
-    """Compiles one variant; returns the cubin and the compiler's log, which has registers and spills."""
+    """Compiles the source that KERNEL names; returns the cubin and the compiler's log, with registers and spills."""
     nvrtc = _nvrtc()
+    source = _source(macros)
     options = [option.encode() for option in _options(macros, arch)]
     headers = [header.read_bytes() for header in _HEADERS]
     names = [header.name.encode() for header in _HEADERS]
-    program = _check(
-        nvrtc.nvrtcCreateProgram(_SOURCE.read_bytes(), _SOURCE.name.encode(), len(headers), headers, names)
-    )
+    program = _check(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), len(headers), headers, names))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         log = bytearray(_check(nvrtc.nvrtcGetProgramLogSize(program)))
         _check(nvrtc.nvrtcGetProgramLog(program, log))
         text = bytes(log).rstrip(b"\0").decode(errors="replace")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise CompileError(f"NVRTC could not compile {_SOURCE.name} for {arch} with {macros}:\n{text}")
+            raise CompileError(f"NVRTC could not compile {source.name} for {arch} with {macros}:\n{text}")
         cubin = bytearray(_check(nvrtc.nvrtcGetCUBINSize(program)))
         _check(nvrtc.nvrtcGetCUBIN(program, cubin))
         return bytes(cubin), text
@@ -106,9 +105,13 @@ def _options(macros: dict[str, str], arch: str) -> list[str]:
     return [*_OPTIONS, f"--gpu-architecture={arch}", *(f"-D{name}={value}" for name, value in macros.items())]
 
 
+def _source(macros: dict[str, str]) -> Path:
+    return _FOLDER / f"{macros['KERNEL']}.cu"
+
+
 @cache
-def _sources() -> bytes:
-    return b"\0".join(path.read_bytes() for path in (_SOURCE, *_HEADERS))
+def _text(source: Path) -> bytes:
+    return b"\0".join(path.read_bytes() for path in (source, *_HEADERS))
 
 
 @cache
@@ -119,7 +122,7 @@ def _version() -> str:
 
 def _key(macros: dict[str, str], arch: str) -> str:
     text = "\0".join([*_options(macros, arch), _version()])
-    return hashlib.sha256(_sources() + text.encode()).hexdigest()[:40]
+    return hashlib.sha256(_text(_source(macros)) + text.encode()).hexdigest()[:40]
 
 
 @cache

@@ -4,7 +4,7 @@ A plane tensor is int32, ``(row_tiles, k_tiles, bits, 32, 4)``: for every tile o
 words for each of a warp's 32 lanes. The first ``b`` planes of a tile of 8-bit weights are the planes of their ``b``-bit
 prefixes, so one 8-bit copy serves every width. Rows and columns beyond the matrix are code 0.
 
-With ``row = 64 R + 16 r + 8 h + g`` and ``k = 64 C + 32 j + 8 t + 4 l + 2 u + v``, a weight lies in tile ``[R, C]``,
+With ``row = 64 R + 16 r + 8 h + g`` and ``k = 64 C + 32 j + 16 l + 8 u + 2 t + v``, a weight lies in tile ``[R, C]``,
 lane ``4 g + t``, word ``r``, at
 
     planes 0 and 1:  plane j holds the code's two top bits at bits 16 v + 8 u + 4 h + 2 - 2 l and the one above
@@ -73,8 +73,8 @@ def unpack(planes: torch.Tensor, out_features: int, in_features: int) -> torch.T
         codes[..., j, :, :, :, :] = ((words[j] >> (shift[j : j + 1] - 1 + j)) & 3)[..., 0, :, :, :, :]
     for plane in range(2, bits):
         codes = (codes << 1) | ((words[plane] >> shift) & 1)
-    # R, r, g, C, t, j, l, u, v, h -> R, r, h, g, C, j, t, l, u, v
-    codes = codes.permute(0, 1, 9, 2, 3, 5, 4, 6, 7, 8).reshape(row_tiles * TILE, k_tiles * TILE)
+    # R, r, g, C, t, j, l, u, v, h -> R, r, h, g, C, j, l, u, t, v
+    codes = codes.permute(0, 1, 9, 2, 3, 5, 6, 7, 4, 8).reshape(row_tiles * TILE, k_tiles * TILE)
     return codes[:out_features, :in_features].to(torch.uint8)
 
 
@@ -110,8 +110,8 @@ def _bit_positions(device: torch.device) -> torch.Tensor:
 
 
 def _pack_tiles(codes: torch.Tensor, bits: int, row_tiles: int, k_tiles: int) -> torch.Tensor:
-    # R, r, h, g, C, j, t, l, u, v -> R, C, g, t, r, (j, l, u, v, h)
-    codes = codes.view(row_tiles, 4, 2, 8, k_tiles, 2, 4, 2, 2, 2).permute(0, 4, 3, 6, 1, 5, 7, 8, 9, 2)
+    # R, r, h, g, C, j, l, u, t, v -> R, C, g, t, r, (j, l, u, v, h)
+    codes = codes.view(row_tiles, 4, 2, 8, k_tiles, 2, 2, 2, 4, 2).permute(0, 4, 3, 8, 1, 5, 6, 7, 9, 2)
     shift = _bit_positions(codes.device)
     planes = torch.empty((row_tiles, k_tiles, bits, 8, 4, 4), dtype=torch.int32, device=codes.device)
     top = (codes >> (bits - 2)).to(torch.int32)

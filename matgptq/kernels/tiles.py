@@ -5,70 +5,15 @@
 
 from dataclasses import dataclass, replace
 
-TILE = 64  # rows and k of a weight tile, packing.TILE
+from . import hopper
+from .hopper import HopperConfig
+from .problem import TILE as TILE
+from .problem import Problem as Problem
+from .problem import can_implement as can_implement
+
 MAX_SPLITS = 8  # portable cluster size
 # KiB of shared memory that a block may have.
 _SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One call: ``M`` tokens, ``N`` out_features, ``K`` in_features, served at ``bits``.
-
-    ``dtype`` is "float16" or "bfloat16"; ``group_size`` -1 is one group a row; ``resident``: the weights are held as
-    8-bit planes; ``zeros``: there is a zeros tensor (else 128); ``sm`` is 10 * major + minor.
-    """
-
-    M: int
-    N: int
-    K: int
-    bits: int
-    dtype: str = "float16"
-    group_size: int = 128
-    resident: bool = False
-    rule: str = "round"
-    zeros: bool = False
-    sm: int = 90
-
-    @property
-    def rounds(self) -> bool:
-        """Whether the kernel rounds slices itself, by one more plane."""
-        return self.resident and self.rule == "round" and self.bits < 8
-
-    @property
-    def shift(self) -> int:
-        """What is added to decoded levels: 0 nothing, 1 a constant, 2 a constant, and zeros taken off."""
-        return 2 if self.zeros else 1 if self.level_offset else 0
-
-    @property
-    def planes(self) -> int:
-        """Planes read."""
-        return self.bits + self.rounds
-
-    @property
-    def stored(self) -> int:
-        """Planes in memory."""
-        return 8 if self.resident else self.bits
-
-    @property
-    def k_tiles(self) -> int:
-        """Weight tiles along in_features."""
-        return -(-self.K // TILE)
-
-    @property
-    def row_tiles(self) -> int:
-        """Weight tiles along out_features."""
-        return -(-self.N // TILE)
-
-    @property
-    def groups(self) -> int:
-        """Scales a row."""
-        return 1 if self.group_size == -1 else self.K // self.group_size
-
-    @property
-    def level_offset(self) -> float:
-        """What the rule adds to ``S << (8 - bits)`` to make a level."""
-        return (2 ** (8 - self.bits) - 1) / 2 if self.rule == "prefix" else 0.0
 
 
 @dataclass(frozen=True)
@@ -106,34 +51,23 @@ class Config:
         return -(-turns // self.splits) * self.turn_tiles
 
 
-def can_implement(problem: Problem) -> tuple[bool, str]:
-    """Whether the kernels serve a problem, and if not, why."""
-    p = problem
-    if p.sm < 80:
-        return False, f"the GPU must be of compute capability 8.0 or newer, got {p.sm // 10}.{p.sm % 10}"
-    if p.dtype not in ("float16", "bfloat16"):
-        return False, f"dtype must be float16 or bfloat16, got {p.dtype}"
-    if not 2 <= p.bits <= 8:
-        return False, f"bits must be 2..8, got {p.bits}"
-    if p.rule not in ("round", "prefix"):
-        return False, f"rule must be round or prefix, got {p.rule!r}"
-    if p.K < 16 or p.K % 16:
-        return False, f"in_features must be a positive multiple of 16, got {p.K}"
-    if p.N < 1:
-        return False, f"out_features must be positive, got {p.N}"
-    if p.group_size != -1 and (p.group_size < 16 or p.group_size % 16 or p.K % p.group_size):
-        return False, f"group_size must be -1 or a multiple of 16 that divides in_features {p.K}, got {p.group_size}"
-    return True, ""
+AnyConfig = Config | HopperConfig
 
 
-def defines(problem: Problem, config: Config) -> dict[str, str]:
-    """The macros that linear.cu is compiled with."""
-    return {
+def defines(problem: Problem, config: AnyConfig) -> dict[str, str]:
+    """The macros that a kernel is compiled with; KERNEL names its source."""
+    of_problem = {
         "FORMAT": "Half" if problem.dtype == "float16" else "BFloat",
         "BITS": str(problem.bits),
         "ROUND": str(int(problem.rounds)),
         "SHIFT": str(problem.shift),
         "GROUP_SIZE": str(max(problem.group_size, 0)),
+    }
+    if isinstance(config, HopperConfig):
+        return {"KERNEL": "hopper", **of_problem, **hopper.defines(problem, config)}
+    return {
+        "KERNEL": "linear",
+        **of_problem,
         "TOKEN_TILES": str(config.token_tiles),
         "ROW_TILES": str(config.row_tiles),
         "K_TILES": str(config.turn_tiles),
@@ -142,6 +76,11 @@ def defines(problem: Problem, config: Config) -> dict[str, str]:
         "STAGES": str(config.stages),
         "BLOCKS": str(config.blocks),
     }
+
+
+def architecture(problem: Problem, config: AnyConfig) -> str:
+    """What a kernel is compiled for."""
+    return f"sm_{problem.sm}a" if isinstance(config, HopperConfig) else f"sm_{problem.sm}"
 
 
 def inbox_offset(problem: Problem, config: Config) -> int:
@@ -167,8 +106,10 @@ def grid(problem: Problem, config: Config) -> tuple[int, int, int]:
     return config.splits, -(-problem.M // config.tokens), -(-problem.N // config.rows)
 
 
-def supports(config: Config, problem: Problem) -> bool:
+def supports(config: AnyConfig, problem: Problem) -> bool:
     """Whether a tile fits the problem and its GPU."""
+    if isinstance(config, HopperConfig):
+        return hopper.supports(config, problem)
     limit = _SHARED_LIMIT.get(problem.sm, 99) * 1024
     split_tiles = config.split_tiles(problem)
     turn_of_all = config.warps_k * config.turn_tiles
@@ -182,11 +123,16 @@ def supports(config: Config, problem: Problem) -> bool:
     )
 
 
-def choose(problem: Problem) -> Config:
-    """The tile for a problem; raises ValueError for one that ``can_implement`` refuses."""
+def choose(problem: Problem) -> AnyConfig:
+    """The tile, and with it the kernel, for a problem; raises ValueError for one that ``can_implement`` refuses."""
     able, reason = can_implement(problem)
     if not able:
         raise ValueError(reason)
+    return hopper.choose(problem) or linear_choice(problem)
+
+
+def linear_choice(problem: Problem) -> Config:
+    """The tile of linear.cu for a problem."""
     config = _preferred(problem)
     if problem.sm < 90:
         config = _whole(problem, replace(config, splits=1))
@@ -222,7 +168,8 @@ def _preferred(p: Problem) -> Config:
         warps_n = 1 if rows <= 96 else 2 if rows < 256 else 4
         blocks = -(-rows // warps_n) * -(-p.M // 32)
         splits = 2 if 2 * blocks <= 132 else 1
-        return tile(4, 1, 1, warps_n, 8 // warps_n, 2 if warps_n == 1 else 3, 1, splits)
+        registers_for_32 = not (p.zeros and p.planes > 7 and p.dtype == "bfloat16")
+        return tile(4 if registers_for_32 else 2, 1, 1, warps_n, 8 // warps_n, 2 if warps_n == 1 else 3, 1, splits)
     if p.M > 8:
         if rows <= 64:
             if p.planes == 2 and not p.zeros:  # registers for two blocks

@@ -1,0 +1,481 @@
+// y = x W^T + bias for many tokens on sm_90a: linear.cu's sums from linear.cu's weight layout, by wgmma.
+//
+// Decoded weights are the A operand (64 rows, in registers) of wgmma.m64nTOKENSk16, x its B operand in shared memory.
+//
+// A block owns ROW_TILES row tiles, TOKENS tokens and its share of k, which it takes in turns of one, two or four k tiles. One
+// thread asks for turns ahead, into a ring: planes, scales and zeros by bulk copies, x by TMA (128-byte swizzle, zeros beyond
+// M and K). Each consumer warp decodes its WORDS words of one row tile; the 64 rows of a wgmma are 16 of each warp of a
+// warpgroup, whichever rows those are. The wgmmas of one piece (a word, 64 k) run while the next piece is decoded, to the other
+// of two sets of registers. K_GROUPS groups of warps share the k tiles of a turn.
+//
+// A weight's base and middle are taken off exactly and its scale is applied with one rounding, in 16 bits: sums run through all
+// of K. With zeros, that is done in fp32.
+//
+// The blocks of a cluster split k; each adds up and stores its share of the sums, in one fixed order, from its shared memory.
+// Without a cluster, and with one group along k, a block computes several tiles: the ring fills for the next while one is stored.
+//
+// Measured on an H200 (2026-11-22): to 128 tokens decoding bounds it, and its latency more than its throughput; from 256 on the
+// tensor cores, and from 2048 on the clock, which falls. docs/kernels.md has the figures.
+//
+// Limits: as linear.cu's. Between wgmmas there must be no branch: the compiler then waits for each before the next (C7513).
+//
+// Compiled by NVRTC with the macros of linear.cu from FORMAT to GROUP_SIZE, and (hopper.py, defines)
+//   ROW_TILES  2 or 4;  WORDS  1 or 2: a warp's words of a row tile (4 * ROW_TILES / WORDS warps share the rows)
+//   TOKENS     tokens of a block, one of those below
+//   K_GROUPS   1, 2 or 4
+//   STAGES     turns in the ring
+//   BLOCKS     blocks an SM, 1 or 2
+#include "decode.cuh"
+
+using uint64_t = unsigned long long;
+using T = FORMAT;
+using Decode = Decoder<T, BITS, bool(ROUND)>;
+
+constexpr int kPlanes = BITS + ROUND;
+constexpr int kRowWarps = 4 * ROW_TILES / WORDS;  // consumer warps along rows
+constexpr int kConsumers = 32 * kRowWarps * K_GROUPS, kThreads = kConsumers + 128;
+// 256 or 512 consumers; an SM has 65536 registers for its blocks.
+constexpr int kConsumerRegisters = kConsumers == 512 ? 112 : BLOCKS == 2 ? 104 : 232;
+constexpr int kProducerRegisters = kConsumers * BLOCKS == 512 ? 32 : 40;
+constexpr int kTurnTiles = K_GROUPS == 4 ? 4 : TOKENS > 128 ? 1 : 2, kTurn = 64 * kTurnTiles;
+__device__ constexpr int largest_part() {
+  for (int k = kTurn; k > 16; k /= 2)
+    if (GROUP_SIZE % k == 0) return k;
+  return 16;
+}
+constexpr int kPart = largest_part();  // k that share a scale for certain
+constexpr int kParts = kTurn / kPart;
+constexpr int kBox = TOKENS * 128;  // bytes of x of 64 k
+constexpr int kTileBytes = kPlanes * 512;
+constexpr int kPlanesAt = kTurnTiles * kBox, kScalesAt = kPlanesAt + kTurnTiles * ROW_TILES * kTileBytes;
+constexpr int kZerosAt = kScalesAt + kParts * ROW_TILES * 128;
+constexpr int kStageBytes = (kZerosAt + (SHIFT == 2 ? kParts * ROW_TILES * 256 : 0) + 1023) / 1024 * 1024;
+constexpr int kColumns = TOKENS / 8, kUnits = WORDS * kColumns;  // a unit: a thread's sums of a word and eight tokens
+constexpr float kUnit = BITS < 5 ? float(1 << (8 - BITS)) : 1.0f;  // a unit of the decoded integers, in levels
+constexpr int kBand = 16;  // row blocks that are computed at a time, to share x in the L2
+
+struct alignas(64) Params {
+  unsigned char x[128];    // tensor map of (M, K), boxes of TOKENS x 64
+  const uint4* planes;     // as in linear.cu
+  const uint4* scales;
+  const uint4* zeros;
+  const uint16_t* bias;
+  uint16_t* y;
+  int M, N, K, row_tiles, k_tiles, stored, groups;
+  int splits;              // blocks of a cluster
+  int split_turns;         // turns of one of them, an even number where a turn is one k tile
+  int barriers;            // where in shared memory they are: beyond the ring, or the sums that take its place
+  float shift;
+};
+
+// One wgmma: the registers of the sums, then of A, then the descriptor of B.
+#define TEXT_24 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11"
+#define TEXT_32 TEXT_24 ",%12,%13,%14,%15"
+#define TEXT_48 TEXT_32 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define TEXT_64 TEXT_48 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define TEXT_96 TEXT_64 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define TEXT_128 TEXT_96 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define TEXT_256                                                                            \
+  TEXT_128 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85" \
+  ",%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107" \
+  ",%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
+#define SUMS_24 FOUR(0), FOUR(4), FOUR(8)
+#define SUMS_32 SUMS_24, FOUR(12)
+#define SUMS_48 SUMS_32, FOUR(16), FOUR(20)
+#define SUMS_64 SUMS_48, FOUR(24), FOUR(28)
+#define SUMS_96 SUMS_64, SIXTEEN(32)
+#define SUMS_128 SUMS_96, SIXTEEN(48)
+#define SUMS_256 SUMS_128, SIXTEEN(64), SIXTEEN(80), SIXTEEN(96), SIXTEEN(112)
+#define REST_24 "{%12,%13,%14,%15}, %16"
+#define REST_32 "{%16,%17,%18,%19}, %20"
+#define REST_48 "{%24,%25,%26,%27}, %28"
+#define REST_64 "{%32,%33,%34,%35}, %36"
+#define REST_96 "{%48,%49,%50,%51}, %52"
+#define REST_128 "{%64,%65,%66,%67}, %68"
+#define REST_256 "{%128,%129,%130,%131}, %132"
+#define PASTE2(a, b) a##b
+#define PASTE(a, b) PASTE2(a, b)
+#define QUOTE2(a) #a
+#define QUOTE(a) QUOTE2(a)
+#define WGMMA(TYPE)                                                                                                 \
+  asm volatile(                                                                                                     \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n"                                                                \
+      "wgmma.mma_async.sync.aligned.m64n" QUOTE(TOKENS) "k16.f32." TYPE "." TYPE " {" PASTE(TEXT_, TOKENS) "}, "    \
+      PASTE(REST_, TOKENS) ", add, 1, 1, 0;\n}"                                                                     \
+      : PASTE(SUMS_, TOKENS)                                                                                        \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+__device__ __forceinline__ void wgmma(float (&d)[TOKENS / 2], const uint32_t (&a)[4], uint64_t b) {
+  if constexpr (T::kMantissa == 10) WGMMA("f16");
+  else WGMMA("bf16");
+}
+__device__ __forceinline__ void fence_wgmma() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_wgmma() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int Pending>
+__device__ __forceinline__ void wait_wgmma() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+}
+
+__device__ __forceinline__ void init_barrier(uint32_t barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+// Without a branch: between wgmmas one would make the compiler serialise them.
+__device__ __forceinline__ void arrive_if(bool condition, uint32_t barrier) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%1];\n}"
+               :
+               : "r"(int(condition)), "r"(barrier)
+               : "memory");
+}
+__device__ __forceinline__ void expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void wait(uint32_t barrier, uint32_t phase) {
+  asm volatile("{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}"
+               :
+               : "r"(barrier), "r"(phase)
+               : "memory");
+}
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               :
+               : "r"(to), "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+__device__ __forceinline__ void copy_box(uint32_t to, const void* map, int k, int token, uint32_t barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+               :
+               : "r"(to), "l"(map), "r"(k), "r"(token), "r"(barrier)
+               : "memory");
+}
+
+// True in one lane of the warp.
+__device__ __forceinline__ bool elect() {
+  uint32_t elected;
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xFFFFFFFF;\nselp.b32 %0, 1, 0, one;\n}" : "=r"(elected));
+  return elected;
+}
+
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory"); }
+__device__ __forceinline__ void store_to_block(int block, uint32_t address, const float (&v)[4]) {
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(block));
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+               : "memory");
+}
+
+// An 8x8 matrix of 16-bit values, a row's pair in each lane, as its columns' pairs.
+__device__ __forceinline__ uint32_t transpose(uint32_t v) {
+  uint32_t d;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
+  return d;
+}
+
+// B operand of 16 k: rows of 128 bytes (64 k of a token) in the 128-byte swizzle, eight rows in 1024 bytes.
+__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
+  return (uint64_t(1) << 62) | (uint64_t(64) << 32) | (uint64_t(1) << 16) | (address >> 4 & 0x3FFF);
+}
+
+struct Tile {
+  int row_block, token_block;
+  __device__ Tile(const Params& p, int index) {
+    const int row_blocks = (p.row_tiles + ROW_TILES - 1) / ROW_TILES, token_blocks = (p.M + TOKENS - 1) / TOKENS;
+    const int band = index / (kBand * token_blocks), rows = min(kBand, row_blocks - band * kBand);
+    index -= band * kBand * token_blocks;
+    row_block = band * kBand + index % rows, token_block = index / rows;
+  }
+};
+
+// What a block's producer reads of a tile. It has few registers.
+struct Source {
+  const unsigned char *planes, *scales;  // of the first row tile
+  int last;                              // row tile that there is; what follows is computed with its weights, and not stored
+  int k_tile, token;
+
+  __device__ Source(const Params& p, const Tile& tile, int first_turn)
+      : k_tile(first_turn * kTurnTiles), token(tile.token_block * TOKENS) {
+    const int row_tile = tile.row_block * ROW_TILES;
+    planes = reinterpret_cast<const unsigned char*>(p.planes) + (size_t(row_tile) * p.k_tiles + k_tile) * p.stored * 512;
+    scales = reinterpret_cast<const unsigned char*>(p.scales) + size_t(row_tile) * p.groups * 128;
+    last = min(ROW_TILES, p.row_tiles - row_tile) - 1;
+  }
+  __device__ __forceinline__ void fetch_weights(const Params& p, int turn, uint32_t to, uint32_t barrier) const {
+    const int first = k_tile + turn * kTurnTiles, there = max(min(p.k_tiles - first, kTurnTiles), 0);
+    expect(barrier, kTurnTiles * kBox + there * ROW_TILES * kTileBytes + kParts * ROW_TILES * (SHIFT == 2 ? 384 : 128));
+#pragma unroll
+    for (int i = 0; i < ROW_TILES; ++i) {
+      const unsigned char* const from = planes + uint32_t((min(i, last) * p.k_tiles + turn * kTurnTiles) * p.stored) * 512;
+      const uint32_t place = to + kPlanesAt + i * kTurnTiles * kTileBytes;
+      if (p.stored == kPlanes) {
+        if (there > 0) copy_bulk(place, from, there * kTileBytes, barrier);
+      } else {
+#pragma unroll 1
+        for (int k = 0; k < there; ++k) copy_bulk(place + k * kTileBytes, from + k * p.stored * 512, kTileBytes, barrier);
+      }
+    }
+#pragma unroll 1
+    for (int part = 0; part < kParts; ++part) {
+      const int group = GROUP_SIZE ? min((first * 64 + part * kPart) / max(GROUP_SIZE, 1), p.groups - 1) : 0;
+#pragma unroll
+      for (int i = 0; i < ROW_TILES; ++i) {
+        const unsigned char* const from = scales + uint32_t(min(i, last) * p.groups + group) * 128;
+        const uint32_t place = to + kScalesAt + (part * ROW_TILES + i) * 128;
+        copy_bulk(place, from, 128, barrier);
+        if constexpr (SHIFT == 2) {
+          const size_t offset = 2 * (from - reinterpret_cast<const unsigned char*>(p.scales));
+          const unsigned char* const zeros = reinterpret_cast<const unsigned char*>(p.zeros) + offset;
+          copy_bulk(to + kZerosAt + (part * ROW_TILES + i) * 256, zeros, 256, barrier);
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ void fetch_x(const Params& p, int turn, uint32_t to, uint32_t barrier) const {
+    const int k = (k_tile + turn * kTurnTiles) * 64;
+#pragma unroll
+    for (int i = 0; i < kTurnTiles; ++i) copy_box(to + i * kBox, p.x, k + i * 64, token, barrier);
+  }
+};
+
+// Of a word's two rows: scales, each twice, and zeros.
+struct Scale {
+  uint32_t pair[2];
+  float zero[2];
+};
+
+// Decoded integers -> weights, scales applied.
+__device__ __forceinline__ void apply_scale(uint32_t (&a)[4], int step, const Scale& scale, float shift) {
+  uint32_t base[4];
+  Decode::bases(step, base);
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    uint32_t v = a[c];
+    if constexpr (!Decode::kCentred) v = T::add2(v, base[c]);
+    if constexpr (SHIFT == 2) {
+      float f[2] = {T::to_float(uint16_t(v)), T::to_float(uint16_t(v >> 16))};
+      const float s = T::to_float(uint16_t(scale.pair[c % 2]));
+#pragma unroll
+      for (int e = 0; e < 2; ++e) f[e] = (f[e] * kUnit + shift - scale.zero[c % 2]) * s;
+      v = T::from_floats(f[0], f[1]);
+    } else {
+      if constexpr (SHIFT == 1) {
+        const uint32_t half = T::from_float(shift);
+        v = T::fma2(v, packed_integer<T>(int(kUnit)), half | (half << 16));
+      }
+      v = T::mul2(v, scale.pair[c % 2]);
+    }
+    a[c] = v;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const uint32_t ring = uint32_t(__cvta_generic_to_shared(shared));
+  // The compiler does not see that a warp's index is the same in all lanes; descriptors are to be in uniform registers.
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
+  const int split = p.splits > 1 ? blockIdx.x % p.splits : 0;
+  const int tiles = (p.row_tiles + ROW_TILES - 1) / ROW_TILES * ((p.M + TOKENS - 1) / TOKENS);
+  const int first_tile = p.splits > 1 ? blockIdx.x / p.splits : blockIdx.x;
+  const int tile_step = p.splits > 1 ? tiles : gridDim.x;  // a cluster computes one tile
+  const int all_turns = kTurnTiles == 1 ? (p.k_tiles + 1) / 2 * 2 : (p.k_tiles + kTurnTiles - 1) / kTurnTiles;
+  const int first_turn = split * p.split_turns, turns = min(p.split_turns, all_turns - first_turn);
+  const uint32_t full = ring + p.barriers, empty = full + 8 * STAGES;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; ++i) init_barrier(full + 8 * i, 1), init_barrier(empty + 8 * i, kConsumers / 32);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+
+  if (warp >= kConsumers / 32) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
+    if (warp == kConsumers / 32 && elect()) {
+      int stage = 0;
+      uint32_t phase = 1;  // of the release that is waited for: at first, of none
+      Source source(p, Tile(p, first_tile), first_turn);
+      // Weights do not depend on the previous kernel: start them first.
+      const int ahead = min(turns, STAGES);
+#pragma unroll 1
+      for (int turn = 0; turn < ahead; ++turn) source.fetch_weights(p, turn, ring + turn * kStageBytes, full + 8 * turn);
+      asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+#pragma unroll 1
+      for (int index = first_tile; index < tiles; index += tile_step) {
+        if (index != first_tile) source = Source(p, Tile(p, index), first_turn);
+#pragma unroll 1
+        for (int turn = 0; turn < turns; ++turn) {
+          const uint32_t to = ring + stage * kStageBytes, barrier = full + 8 * stage;
+          if (index != first_tile || turn >= ahead) {
+            wait(empty + 8 * stage, phase);
+            source.fetch_weights(p, turn, to, barrier);
+          }
+          source.fetch_x(p, turn, to, barrier);
+          if (++stage == STAGES) stage = 0, phase ^= 1;
+        }
+      }
+    }
+    if (p.splits > 1) sync_cluster(), sync_cluster();
+    return;
+  }
+
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
+  const int g = lane / 4, t = lane % 4, k_group = warp / kRowWarps, thread = threadIdx.x % (32 * kRowWarps);
+  const int tile_of_warp = warp % kRowWarps * WORDS / 4, first_word = warp % kRowWarps * WORDS % 4;
+  constexpr int kPieces = kTurnTiles / K_GROUPS * WORDS;  // of a warp and turn
+  static_assert(kPieces > 1 || kTurnTiles == 1);          // then turns come in pairs
+  constexpr int kTurnsAtOnce = kPieces == 1 ? 2 : 1;      // two sets of operands take turns
+  constexpr int kLag = kPieces == 1 ? 2 : 1;              // turns that may still be multiplied when one is decoded
+  int stage = 0;
+  uint32_t phase = 0;
+  auto release = [&](int turns_ago, bool there) {
+    const int of_stage = stage - turns_ago;
+    arrive_if(there && lane == 0, empty + 8 * (of_stage < 0 ? of_stage + STAGES : of_stage));
+  };
+#pragma unroll 1
+  for (int index = first_tile; index < tiles; index += tile_step) {
+    const Tile tile(p, index);
+    float acc[WORDS][TOKENS / 2] = {};
+    uint32_t operand[2][4][4], words[kPlanes][WORDS];
+#pragma unroll 1
+    for (int turn = 0; turn < turns; turn += kTurnsAtOnce) {
+      // All waits come first: the compiler serialises wgmmas that have a loop between them.
+      wait(full + 8 * stage, phase);
+      if constexpr (kTurnsAtOnce == 2) wait(full + 8 * ((stage + 1) % STAGES), stage + 1 == STAGES ? phase ^ 1 : phase);
+#pragma unroll
+      for (int piece = 0; piece < kTurnsAtOnce * kPieces; ++piece) {
+        const int r = piece % WORDS, k_tile = K_GROUPS > 1 ? k_group : piece % kPieces / WORDS;
+        const unsigned char* const weights = shared + stage * kStageBytes;
+        if (r == 0) {
+#pragma unroll
+          for (int plane = 0; plane < kPlanes; ++plane) {
+            const unsigned char* const from =
+                weights + kPlanesAt + (tile_of_warp * kTurnTiles + k_tile) * kTileBytes + plane * 512 + lane * 16 + first_word * 4;
+            if constexpr (WORDS == 1) words[plane][0] = *reinterpret_cast<const uint32_t*>(from);
+            else *reinterpret_cast<uint2*>(words[plane]) = *reinterpret_cast<const uint2*>(from);
+          }
+        }
+        uint32_t(&a)[4][4] = operand[piece % 2];
+        wait_wgmma<1>();  // the piece before the last has been multiplied: its registers are free
+        if (kPieces == 1 || piece == 1) release(kLag, turn + piece / kPieces >= kLag);
+        uint32_t unit[kPlanes];
+#pragma unroll
+        for (int plane = 0; plane < kPlanes; ++plane) unit[plane] = words[plane][r];
+        Decode::decode(unit, a);
+        constexpr int kSteps = kPart < 64 ? kPart / 16 : 4;  // that share a scale
+#pragma unroll
+        for (int s = 0; s < 4; s += kSteps) {
+          const int slot = ((k_tile * 64 + s * 16) / kPart * ROW_TILES + tile_of_warp) * 64 + g * 8 + (first_word + r) * 2;
+          const uint32_t pair = *reinterpret_cast<const uint32_t*>(weights + kScalesAt + slot * 2);
+          Scale scale = {{__byte_perm(pair, 0, 0x1010), __byte_perm(pair, 0, 0x3232)}, {}};
+          if constexpr (SHIFT == 0 && BITS < 5) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) scale.pair[h] = T::mul2(scale.pair[h], packed_integer<T>(int(kUnit)));
+          }
+          if constexpr (SHIFT == 2) {
+            const float2 zeros = *reinterpret_cast<const float2*>(weights + kZerosAt + slot * 4);
+            scale.zero[0] = zeros.x, scale.zero[1] = zeros.y;
+          }
+#pragma unroll
+          for (int step = s; step < s + kSteps; ++step) apply_scale(a[step], step, scale, p.shift);
+        }
+        fence_wgmma();
+#pragma unroll
+        for (int s = 0; s < 4; ++s) wgmma(acc[r], a[s], descriptor(ring + stage * kStageBytes + k_tile * kBox + s * 32));
+        commit_wgmma();
+        if (piece % kPieces == kPieces - 1 && ++stage == STAGES) stage = 0, phase ^= 1;
+      }
+    }
+    wait_wgmma<0>();
+#pragma unroll
+    for (int r = 0; r < WORDS; ++r)
+#pragma unroll
+      for (int e = 0; e < TOKENS / 2; ++e) asm volatile("" : "+f"(acc[r][e])::"memory");  // not read before the wait
+#pragma unroll
+    for (int i = kLag; i > 0; --i) release(i, turns >= i);
+
+    // Stores a unit's sums of 8 tokens and 16 rows, transposed so that a lane has neighbouring rows.
+    const int first_row = tile.row_block * 64 * ROW_TILES + tile_of_warp * 64 + first_word * 16;
+    const int first_token = tile.token_block * TOKENS + g;
+    uint16_t* const y = p.y + size_t(first_token) * p.N + first_row + 2 * t;
+    float bias[WORDS][2] = {};
+#pragma unroll
+    for (int i = 0; i < 2 * WORDS; ++i)
+      if (p.bias && first_row + i * 8 + g < p.N) bias[i / 2][i % 2] = T::to_float(p.bias[first_row + i * 8 + g]);
+    auto store = [&](int r, int column, const float (&sum)[4]) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float b = r == 0 ? bias[0][h] : bias[WORDS - 1][h];
+        const uint32_t pair = transpose(T::from_floats(sum[2 * h] + b, sum[2 * h + 1] + b));
+        const int rows = p.N - (first_row + r * 16 + h * 8 + 2 * t);  // from here to the end
+        uint16_t* const to = y + size_t(column * 8) * p.N + r * 16 + h * 8;
+        if (first_token + column * 8 >= p.M || rows <= 0) continue;
+        if (p.N % 2 == 0) {
+          *reinterpret_cast<uint32_t*>(to) = pair;
+        } else {
+          to[0] = uint16_t(pair);
+          if (rows > 1) to[1] = uint16_t(pair >> 16);
+        }
+      }
+    };
+    auto unit_sums = [&](int unit, float (&v)[4]) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) v[e] = acc[unit / kColumns][unit % kColumns * 4 + e];
+    };
+    if constexpr (K_GROUPS > 1) {  // the first group of warpgroups along k adds the sums of the others, over the ring
+      float4* const sums = reinterpret_cast<float4*>(shared) + thread;
+      sync_consumers();
+      if (k_group > 0) {
+#pragma unroll
+        for (int unit = 0; unit < kUnits; ++unit) {
+          float v[4];
+          unit_sums(unit, v);
+          sums[((k_group - 1) * kUnits + unit) * 32 * kRowWarps] = make_float4(v[0], v[1], v[2], v[3]);
+        }
+      }
+      sync_consumers();
+      if (k_group == 0) {
+#pragma unroll
+        for (int unit = 0; unit < kUnits; ++unit) {
+#pragma unroll
+          for (int other = 0; other < K_GROUPS - 1; ++other) {
+            const float4 v = sums[(other * kUnits + unit) * 32 * kRowWarps];
+            float* const sum = &acc[unit / kColumns][unit % kColumns * 4];
+            sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+          }
+        }
+      }
+    }
+    if (p.splits > 1) {
+      sync_cluster();  // all blocks are done with their rings
+      if (k_group == 0) {
+        int owner = 0, slot = 0;
+#pragma unroll
+        for (int unit = 0; unit < kUnits; ++unit) {
+          float v[4];
+          unit_sums(unit, v);
+          store_to_block(owner, ring + ((slot * p.splits + split) * 32 * kRowWarps + thread) * 16, v);
+          if (++owner == p.splits) owner = 0, ++slot;
+        }
+      }
+      sync_cluster();
+      // All groups take units.
+      for (int slot = k_group; slot * p.splits + split < kUnits; slot += K_GROUPS) {
+        float sum[4] = {};
+        for (int i = 0; i < p.splits; ++i) {
+          const float4 v = reinterpret_cast<const float4*>(shared)[(slot * p.splits + i) * 32 * kRowWarps + thread];
+          sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+        }
+        const int unit = slot * p.splits + split;
+        store(unit / kColumns, unit % kColumns, sum);
+      }
+    } else if (k_group == 0) {
+#pragma unroll
+      for (int unit = 0; unit < kUnits; ++unit) {
+        float v[4];
+        unit_sums(unit, v);
+        store(unit / kColumns, unit % kColumns, v);
+      }
+    }
+  }
+}
