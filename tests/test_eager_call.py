@@ -86,10 +86,10 @@ def test_another_width_is_another_kernel(gpu):
 
 def test_kernels_are_shared_by_layers_of_a_kind_and_by_many_tokens(gpu):
     for layer in (packed_layer(), packed_layer()):
-        for tokens in (1, 66, 500):
+        for tokens in (1, 66, 70, 500):
             layer(torch.randn(tokens, 256, dtype=torch.half))
-    assert [launcher.problem.M for launcher in gpu] == [1, 65]
-    assert [[call[1] for call in launcher.calls] for launcher in gpu] == [[1, 1], [66, 500, 66, 500]]
+    assert [launcher.problem.M for launcher in gpu] == [1, 72, 512]
+    assert [[call[1] for call in launcher.calls] for launcher in gpu] == [[1, 1], [66, 70, 66, 70], [500, 500]]
 
 
 def test_awkward_activations(gpu):
