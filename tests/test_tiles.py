@@ -6,7 +6,7 @@ import pytest
 
 from matgptq.kernels import hopper
 from matgptq.kernels.hopper import HopperConfig
-from matgptq.kernels.matmul import _bucket
+from matgptq.kernels.matmul import bucket, buckets
 from matgptq.kernels.problem import Problem, can_implement
 from matgptq.kernels.tiles import (
     Config,
@@ -80,12 +80,13 @@ def test_tokens_choose_the_kernel():
 
 
 def test_buckets_hold_their_tokens():
-    buckets = [_bucket(M) for M in range(8193)]
-    assert buckets[:65] == list(range(65))
-    assert all(M <= bucket <= max(M * 1.125, M + 1) for M, bucket in enumerate(buckets))
-    assert buckets == sorted(buckets)
-    assert len(set(buckets)) == 65 + 8 * 7
-    assert _bucket(100_000) == 8192
+    found = [bucket(M) for M in range(8193)]
+    assert found[:65] == list(range(65))
+    assert all(M <= held <= max(M * 1.125, M + 1) for M, held in enumerate(found))
+    assert found == sorted(found)
+    assert bucket(100_000) == 8192
+    assert buckets(8192) == found[1:65] + [step for step in sorted(set(found)) if step > 64]
+    assert len(buckets(8192)) == 64 + 8 * 7
 
 
 def test_can_implement_says_why():

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from matgptq.checkpoint import check_values
-from matgptq.kernels.matmul import warmup
+from matgptq.kernels.matmul import buckets, warmup
 from matgptq.kernels.packing import TILE
 from matgptq.kernels.tiles import can_implement
 from matgptq.linear import MatGPTQLinear
@@ -426,7 +426,7 @@ def check_cut(name: str, in_features: int, part: int, group_size: int) -> None:
 def token_counts(vllm_config: Any) -> list[int]:
     """Numbers of tokens for which kernels are compiled before graphs are captured."""
     captured = vllm_config.compilation_config.cudagraph_capture_sizes or ()
-    return sorted({*range(1, 65), *captured, vllm_config.scheduler_config.max_num_batched_tokens})
+    return buckets(max(0, *captured, vllm_config.scheduler_config.max_num_batched_tokens))
 
 
 def _vocabulary_part(layer: Any, suffix: str, tensor: Tensor, shard: Shard) -> Tensor:

@@ -109,14 +109,14 @@ class BoundMatmul:
             raise ValueError(f"x must have in_features {K} columns, got shape {tuple(shape)}")
         M = shape[:-1].numel()
         y = torch.empty((*shape[:-1], N), device="meta")
-        plan = M, tuple(y.shape), y.stride(), self.load(_bucket(M), dtype, zeros, index)
+        plan = M, tuple(y.shape), y.stride(), self.load(bucket(M), dtype, zeros, index)
         if len(self._plans) >= _MANY:
             self._plans.clear()
         self._plans[(shape, dtype, zeros, index)] = plan
         return plan
 
     def load(self, M: int, dtype: torch.dtype, zeros: bool, index: int) -> Launcher:
-        """Compile and load the kernel for ``M`` tokens, a `_bucket`, on the device ``index``."""
+        """Compile and load the kernel for ``M`` tokens, a `bucket`, on the device ``index``."""
         key = (M, dtype, zeros, index)
         if key not in self._launchers:
             N, K, bits, group_size, rule, resident = self._constants
@@ -136,7 +136,7 @@ def warmup(problems: Iterable[Problem], device: torch.device | str | int = "cuda
     """Compiles (in parallel) and loads what problems need: before a CUDA graph is captured, or a first token is due."""
     device = torch.device(device)
     index = torch.cuda.current_device() if device.index is None else device.index
-    problems = [replace(p, M=_bucket(max(p.M, 1))) for p in problems]
+    problems = [replace(p, M=bucket(max(p.M, 1))) for p in problems]
     variants = {(tuple(defines(p, c).items()), architecture(p, c)) for p, c in ((p, choose(p)) for p in problems)}
     nvrtc.load_cubins((dict(macros), arch) for macros, arch in sorted(variants))
     names = {name: dtype for dtype, name in _DTYPES.items()}
@@ -145,7 +145,12 @@ def warmup(problems: Iterable[Problem], device: torch.device | str | int = "cuda
         call.load(p.M, names[p.dtype], p.zeros, index)
 
 
-def _bucket(M: int) -> int:
+def buckets(most: int) -> list[int]:
+    """Every `bucket` of 1 to ``most`` tokens: kernels for these serve them all."""
+    return sorted({bucket(M) for M in range(1, most + 1)})
+
+
+def bucket(M: int) -> int:
     """The number of tokens that a tile is chosen for: from 64 on the next of eight to each power of two."""
     if M <= 64:
         return M
