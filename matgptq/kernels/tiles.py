@@ -168,12 +168,10 @@ def _preferred(p: Problem) -> Config:
         warps_n = 1 if rows <= 96 else 2 if rows < 256 else 4
         blocks = -(-rows // warps_n) * -(-p.M // 32)
         splits = 2 if 2 * blocks <= 132 else 1
-        registers_for_32 = not (p.zeros and p.planes > 7 and p.dtype == "bfloat16")
+        registers_for_32 = not (p.zeros and p.planes > 6 and p.dtype == "bfloat16")
         return tile(4 if registers_for_32 else 2, 1, 1, warps_n, 8 // warps_n, 2 if warps_n == 1 else 3, 1, splits)
     if p.M > 8:
         if rows <= 64:
-            if p.planes == 2 and not p.zeros:  # registers for two blocks
-                return tile(2, 1, 1, 1, 8, 2, 2, splits)
             return tile(2, 1, 1, 1, 8 if p.k_tiles < 128 else 12, 2, 1, splits)
         warps_n = 1 if rows < 384 else 2
         return tile(2, 2, 2 if p.planes == 2 else 1, warps_n, 8 // warps_n, 2, 1, 2 if rows <= 128 else 1)
