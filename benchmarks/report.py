@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from matgptq.plots import new_axes, save
 
 ROOT = Path(__file__).parents[1]
 WIDTHS = ("8", "6", "4", "3", "2")
-SHOWN = ((8192, 8192), (16384, 16384), (4096, 4096))  # shapes with a table of their own
+SHOWN = ((8192, 8192), (16384, 16384), (4096, 4096), (28672, 4096), (4096, 14336))  # with a table of their own
 
 
 def number(value: float | None) -> str:
@@ -67,7 +68,7 @@ def of_shape(report: dict[str, Any], N: int, K: int) -> dict[tuple[int, int], di
 def gpu_table(report: dict[str, Any]) -> str:
     """Microseconds of a call and the speed-up over torch.matmul, by width and tokens."""
     rows = of_shape(report, 8192, 8192)
-    batches = (1, 8, 16, 64)
+    batches = [m for m in (1, 8, 16, 32, 64, 256) if (4, m) in rows]
     lines = ["| 8192 x 8192, microseconds (times torch.matmul's speed) | " + " | ".join(f"M = {m}" for m in batches)]
     lines[0] += " |\n| --- |" + " --- |" * len(batches)
     for bits in (2, 4, 8):
@@ -76,39 +77,68 @@ def gpu_table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def ratio(row: dict[str, Any], peer: str = "torch") -> float:
-    """How many times as fast as torch.matmul, or as a peer."""
-    return (row["torch_us"] if peer == "torch" else row["peers_us"][peer]) / row["us"]
+Peers = dict[tuple[int, int, int, int], float]  # microseconds of Humming by N, K, bits, M
 
 
-def linear_tables(report: dict[str, Any]) -> str:
-    """Microseconds by shape, width and tokens with the target in brackets, then how all points compare."""
-    shapes = dict.fromkeys((r["N"], r["K"]) for r in report["results"])
-    every = [r for shape in shapes for r in of_shape(report, *shape).values()]
-    batches = sorted({r["M"] for r in every})
+def read_peers(peers: dict[str, Any]) -> Peers:
+    """Humming's times from a file that has a row a kernel, shape and width."""
+    return {
+        (r["N"], r["K"], r["bits"], int(m)): us
+        for r in peers["results"]
+        if r["kernel"].startswith("humming")
+        for m, us in r["us_by_M"].items()
+    }
+
+
+def joined(few: dict[str, Any], many: dict[str, Any]) -> dict[str, Any]:
+    """Two reports as one: the first's results to 16 tokens, the second's beyond."""
+    rows = [r for r in few["results"] if r["M"] <= 16] + [r for r in many["results"] if r["M"] > 16]
+    return {"device": few["device"], "results": rows}
+
+
+def ratio(row: dict[str, Any]) -> float:
+    """How many times as fast as torch.matmul."""
+    return row["torch_us"] / row["us"]
+
+
+def timed(row: dict[str, Any] | None) -> str:
+    """A result as a table shows it, with its target if it has one."""
+    if row is None:
+        return ""
+    return f"{row['us']:.1f}" + (f" ({target_us(row):.1f})" if row["M"] <= 64 else "")
+
+
+def linear_tables(report: dict[str, Any], peers: Peers, batches: Sequence[int], bits: Sequence[int]) -> str:
+    """Microseconds by shape, width and tokens, then how all points compare."""
     parts = []
-    for shape in SHOWN:
-        rows = of_shape(report, *shape)
-        lines = [f"| {shape[0]} x {shape[1]} | " + " | ".join(f"M = {m}" for m in batches) + " |"]
+    batches = [m for m in batches if any(r["M"] == m for r in report["results"])]
+    for N, K in SHOWN:
+        rows = of_shape(report, N, K)
+        if not rows:
+            continue
+        lines = [f"| {N} x {K} | " + " | ".join(f"M = {m}" for m in batches) + " |"]
         lines.append("| --- |" + " --- |" * len(batches))
-        for bits in sorted({bits for bits, _ in rows}):
-            found = [rows.get((bits, m)) for m in batches]
-            cells = [f"{r['us']:.1f} ({target_us(r):.1f})" if r else "" for r in found]
-            lines.append(f"| {bits} bits | " + " | ".join(cells) + " |")
-        for bits in sorted({bits for (bits, _), r in rows.items() if "humming" in r["peers_us"]}):
-            found = [rows.get((bits, m), {}).get("peers_us", {}).get("humming") for m in batches]
-            lines.append(f"| Humming, {bits} bits | " + " | ".join(f"{us:.1f}" if us else "" for us in found) + " |")
+        for b in bits:
+            found = [rows.get((b, m)) for m in batches]
+            lines.append(f"| {b} bits | " + " | ".join(timed(r) for r in found) + " |")
+        names = " / ".join(str(b) for b in bits)
+        theirs = [[peers.get((N, K, b, m)) for b in bits] for m in batches]
+        cells = [" / ".join(f"{us:.1f}" for us in each if us) for each in theirs]
+        lines.append(f"| Humming, {names} bits | " + " | ".join(cells) + " |")
         torch_us = {m: r["torch_us"] for (_, m), r in rows.items()}
         lines.append("| cuBLAS | " + " | ".join(f"{torch_us[m]:.1f}" if m in torch_us else "" for m in batches) + " |")
         parts.append("\n".join(lines) + "\n")
     lines = ["| least / median / most | " + " | ".join(f"M = {m}" for m in batches) + " |"]
     lines.append("| --- |" + " --- |" * len(batches))
-    for name, of, among in (
-        ("speed-up over cuBLAS", ratio, every),
-        ("speed-up over Humming", lambda r: ratio(r, "humming"), [r for r in every if "humming" in r["peers_us"]]),
-        ("time / target", lambda r: r["us"] / target_us(r), every),
+    shapes = dict.fromkeys((r["N"], r["K"]) for r in report["results"])
+    every = [r for shape in shapes for r in of_shape(report, *shape).values()]
+    both = [(r, peers[key]) for r in every if (key := (r["N"], r["K"], r["bits"], r["M"])) in peers]
+    for name, values in (
+        ("speed-up over cuBLAS", [(r["M"], ratio(r)) for r in every]),
+        ("speed-up over Humming", [(r["M"], us / r["us"]) for r, us in both]),
+        ("time / target", [(r["M"], r["us"] / target_us(r)) for r in every if r["M"] <= 64]),
     ):
-        by_batch = [[of(r) for r in among if r["M"] == m] for m in batches]
+        by_batch = [[value for M, value in values if m == M] for m in batches]
         cells = [f"{min(v):.2f} / {statistics.median(v):.2f} / {max(v):.2f}" if v else "" for v in by_batch]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join([*parts, "\n".join(lines) + "\n"])
@@ -144,36 +174,42 @@ def transformers_table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def vllm_table(report: dict[str, Any]) -> str:
-    """Seconds of a run in vLLM and the speed-up over bf16, by linear layer and batch size."""
-    (dense,) = (row for row in report["results"] if row["linear"] == "bf16")
-    batches = list(dense["seconds"])
+def vllm_table(report: dict[str, Any], peers: dict[str, Any]) -> str:
+    """Seconds of a run in vLLM and the speed-up over bf16 of the same run, by linear layer and batch size."""
+    batches = list(report["results"][0]["seconds"])
     lines = [
         f"{report['device']}, vLLM {report['vllm']}, {report['model']}. {report['method']} (times bf16's speed).\n",
         "| | GiB | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
         "| --- | --- |" + " --- |" * len(batches),
     ]
-    for row in report["results"]:
-        cells = [
-            f"{row['seconds'][b]:.3f} ({dense['seconds'][b] / row['seconds'][b]:.2f})" if b in row["seconds"] else ""
-            for b in batches
-        ]
-        lines.append(f"| {row['linear']} | {row['weights_gib']:.2f} | " + " | ".join(cells) + " |")
+    for name, weights, seconds, dense in vllm_rows(report, peers):
+        cells = [f"{seconds[b]:.3f} ({dense[b] / seconds[b]:.2f})" if b in seconds else "" for b in batches]
+        lines.append(f"| {name} | {weights:.2f} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def plot_vllm(report: dict[str, Any], path: Path) -> None:
+VllmRow = tuple[str, float, dict[str, float], dict[str, float]]  # name, GiB, seconds, seconds of bf16 in the same run
+
+
+def vllm_rows(report: dict[str, Any], peers: dict[str, Any]) -> Iterator[VllmRow]:
+    """The rows of a run, then those of another with other engines."""
+    for run, where in ((report, ""), (peers, ", another run")):
+        (dense,) = (row["seconds"] for row in run["results"] if row["linear"] == "bf16")
+        for row in run["results"]:
+            yield row["linear"] + where, row["weights_gib"], row["seconds"], dense
+
+
+def plot_vllm(report: dict[str, Any], peers: dict[str, Any], path: Path) -> None:
     """Draw the speed-up over bf16 in vLLM by batch size, a line a linear layer."""
-    (dense,) = (row for row in report["results"] if row["linear"] == "bf16")
-    batches = sorted(map(int, dense["seconds"]))
     title = f"{report['device']}, vLLM {report['vllm']}"
     axes = new_axes(xlabel="batch size", ylabel="speed-up over bf16", title=title, xscale="log")
-    for row in report["results"]:
-        if row.get("mode") == "resident":
+    for name, _, seconds, dense in vllm_rows(report, peers):
+        if seconds is dense:
             continue
-        points = [(b, dense["seconds"][str(b)] / row["seconds"][str(b)]) for b in batches if str(b) in row["seconds"]]
-        style = "o-" if "mode" in row else "--"
-        axes.plot(*zip(*points, strict=True), style, label=row["linear"])
+        points = sorted((int(b), dense[b] / value) for b, value in seconds.items() if b in dense)
+        axes.plot(*zip(*points, strict=True), "o-" if name.startswith("matgptq") else "--", label=name)
+    batches = sorted(map(int, report["results"][0]["seconds"]))
+    axes.axhline(1, color="black", linewidth=1, linestyle=":")
     axes.set_xticks(batches, [str(b) for b in batches])
     axes.minorticks_off()
     save(axes, [path])
@@ -189,7 +225,7 @@ def headline(report: dict[str, Any]) -> str:
     )
 
 
-def write_linear(report: dict[str, Any], root: Path) -> None:
+def write_linear(report: dict[str, Any], peers: Peers, root: Path) -> None:
     """Fill the pages and draw the plots of ``matgptq bench linear``: a plot for each square that was timed."""
     for size in (2048, 4096, 8192, 16384):
         rows = list(of_shape(report, size, size).values())
@@ -198,19 +234,24 @@ def write_linear(report: dict[str, Any], root: Path) -> None:
             plot_speed({**report, "results": rows}, [root / "assets" / f"gpu_benchmark_{size >> 10}k.svg"], title)
     fill(root / "README.md", "headline", headline(report))
     fill(root / "README.md", "gpu", gpu_table(report))
-    fill(root / "docs" / "kernels.md", "linear", linear_tables(report))
+    page = root / "docs" / "kernels.md"
+    fill(page, "linear", linear_tables(report, peers, (1, 2, 4, 8, 16), (2, 3, 4, 6, 8)))
+    fill(page, "many", linear_tables(report, peers, (24, 32, 64, 128, 256, 512, 1024, 4096, 8192), (2, 4, 8)))
 
 
 def main() -> None:
     """Fill the pages and draw the plots."""
-    path = ROOT / "benchmarks" / "results" / "h200" / "linear.json"
-    write_linear(json.loads(path.read_text(encoding="utf-8")), ROOT)
-    served = ROOT / "benchmarks" / "results" / "h200" / "vllm.json"
+    results = ROOT / "benchmarks" / "results" / "h200"
+    names = ("linear_few", "linear", "peers")
+    few, many, peers = (json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in names)
+    write_linear(joined(few, many), read_peers(peers), ROOT)
+    served = results / "vllm.json"
     if served.exists():
         report = json.loads(served.read_text(encoding="utf-8"))
-        fill(ROOT / "docs" / "vllm.md", "vllm", vllm_table(report))
-        plot_vllm(report, ROOT / "assets" / "vllm_speedups.svg")
-    decoded = ROOT / "benchmarks" / "results" / "h200" / "transformers.json"
+        peers = json.loads((results / "peers_vllm.json").read_text(encoding="utf-8"))
+        fill(ROOT / "docs" / "vllm.md", "vllm", vllm_table(report, peers))
+        plot_vllm(report, peers, ROOT / "assets" / "vllm_speedups.svg")
+    decoded = results / "transformers.json"
     if decoded.exists():
         fill(
             ROOT / "docs" / "transformers.md",

@@ -38,6 +38,7 @@ from .plots import new_axes, save
 from .slicing import dequantize
 
 ROTATION_BYTES = 240 << 20
+FEW = 64  # tokens of a call that does not heat a GPU
 REPLAYS = 7
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 # bytes a second of a large copy, and operations a second of cuBLAS on random data, both measured 2026-11-22
@@ -203,15 +204,17 @@ def measure(
     Raises:
         ArithmeticError: a result was wrong.
     """
-    weights: dict[tuple[int, int, str], dict[Case, list[Case]]] = {}  # dense weight -> layer (M = 0) -> its cases
-    for case in dict.fromkeys(cases):
-        layers = weights.setdefault((case.N, case.K, case.dtype), {})
+    # Few or many tokens, dense weight -> layer (M = 0) -> its cases.
+    weights: dict[tuple[bool, int, int, str], dict[Case, list[Case]]] = {}
+    # Few tokens first, of all layers: the clock of a GPU falls under many, and stays low for a while.
+    for case in sorted(dict.fromkeys(cases), key=lambda case: case.M > FEW):
+        layers = weights.setdefault((case.M > FEW, case.N, case.K, case.dtype), {})
         layers.setdefault(replace(case, M=0), []).append(case)
     every = [case for layers in weights.values() for group in layers.values() for case in group]
     report = new_report(device, cuda_graph)
     prepare(every, device)
     with torch.inference_mode(), tqdm(total=len(every), unit="case", disable=not progress) as bar:
-        for (N, K, dtype), layers in weights.items():
+        for (_, N, K, dtype), layers in weights.items():
             bar.set_postfix_str(f"{N} x {K}, torch")
             batches = sorted({case.M for group in layers.values() for case in group})
             torch_us = _torch_times([Case(m, N, K, 16, dtype) for m in batches], device, cuda_graph)
