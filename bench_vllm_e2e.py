@@ -110,7 +110,6 @@ def run_engine(engine: str, folder: Path, options: argparse.Namespace, results: 
     os.setsid()  # so that what vLLM starts can be ended with it
     os.environ |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # `memory` goes to the worker as a function
     os.environ |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if engine == "marlin":
         os.environ["VLLM_DISABLED_KERNELS"] = OTHER_KERNELS
     try:
@@ -241,6 +240,7 @@ def main() -> int:
         if engine not in (*NAMES, "resident") and engine not in map(str, range(2, 9)):
             parser.error(f"--engines must be of bf16, marlin, gptq, resident, 2 to 8, got {engine}")
 
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when vLLM is imported
     import transformers
     import vllm.entrypoints.llm  # noqa: F401 - imported here once for all engines, which are forked
 

@@ -152,9 +152,10 @@ def transformers_table(report: dict[str, Any]) -> str:
     found = {
         (r["bits"], r["loop"], batch): rate for r in report["results"] for batch, rate in r["tokens_per_second"].items()
     }
+    times_dense = " (times dense)" if any(r["bits"] == 16 for r in report["results"]) else ""
     lines = [
         f"{report['device']}, Transformers {report['transformers']}, torch {report['torch']}, {report['model']}, "
-        f"{report['prompt_tokens']} tokens in, {report['new_tokens']} out; tokens a second (times dense).\n",
+        f"{report['prompt_tokens']} tokens in, {report['new_tokens']} out; tokens a second{times_dense}.\n",
         "| | " + " | ".join(f"`{loop}`, batch {batch}" for loop, batch in columns) + " |",
         "| --- |" + " --- |" * len(columns),
     ]
