@@ -21,7 +21,8 @@ class Decoder:
     """Decodes up to ``max_length`` tokens of ``batch_size`` sequences, greedily.
 
     On a GPU the first call after a change of widths captures a CUDA graph; graphs of widths served before are kept, and
-    share memory. On a CPU, and for models with sliding windows shorter than ``max_length``, each step is a plain call.
+    share memory. On a CPU, for models with sliding windows shorter than ``max_length``, and for models on several
+    devices, each step is a plain call.
 
     Args:
         model: a causal language model, dense or quantised, with weights where they stay.
@@ -50,13 +51,15 @@ class Decoder:
         window = min((layer.max_cache_len for layer in self._cache.layers if layer.is_sliding), default=max_length)
         if compile and window < max_length:
             raise ValueError(f"compile must be off beyond the sliding window of {window}, got max_length {max_length}")
-        self._captures = model.device.type == "cuda" and window >= max_length  # a sliding cache counts on the host
+        devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+        one_gpu = len(devices) == 1 and model.device.type == "cuda"
+        self._captures = one_gpu and window >= max_length  # a sliding cache counts on the host
+        self._stream = torch.cuda.Stream(model.device) if self._captures else None  # torch's own is of one GPU
         self._token = torch.zeros(batch_size, 1, dtype=torch.long, device=model.device)
-        self._layers = [m for m in quantized_layers(model).values() if isinstance(m, PackedLinear)]
+        self._layers = list(quantized_layers(model).values())
+        self._open = [m for m in self._layers if isinstance(m, PackedLinear)] if compile else []
         self._compute = torch.compile(self._next, fullgraph=True, dynamic=False) if compile else self._next
         self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
-        for layer in self._layers:
-            layer.width_at_run_time = compile
 
     def generate(
         self, input_ids: Tensor, max_new_tokens: int | None = None, eos_token_id: int | Iterable[int] | None = None
@@ -90,11 +93,11 @@ class Decoder:
             raise ValueError(
                 f"max_new_tokens must be 1 to {room}, max_length {self.max_length} less the prompt, got {count}"
             )
-        ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ()))
+        ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ()), device="cpu")
         self.prepare()
         self._cache.reset()
         self._token.copy_(self._next(input_ids.to(self._token.device)))
-        ended = torch.zeros(self.batch_size, dtype=torch.bool)
+        ended = torch.zeros(self.batch_size, dtype=torch.bool, device="cpu")
         last = None
         for i in range(count):
             token, arrived = self._read()
@@ -116,18 +119,22 @@ class Decoder:
         if not self._captures or self._widths() in self._graphs:
             return
         warmup(self.model, (self.batch_size,))
-        side = torch.cuda.Stream(self._token.device)
-        side.wait_stream(torch.cuda.current_stream(self._token.device))
+        with torch.cuda.device(self._token.device):  # that of streams and graphs is the current one
+            self._graphs[self._widths()] = self._capture()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):  # the first call makes the cache, and compiles
                 self._advance()
                 self._cache.reset()
-        torch.cuda.current_stream(self._token.device).wait_stream(side)
+        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream):
             self._advance()
-        self._graphs[self._widths()] = graph
+        return graph
 
     def _widths(self) -> tuple[int, ...]:
         return tuple(layer.bits for layer in self._layers)
@@ -138,7 +145,13 @@ class Decoder:
         return logits[:, -1].argmax(-1, keepdim=True)
 
     def _advance(self) -> None:
-        self._token.copy_(self._compute(self._token))
+        for layer in self._open:
+            layer.width_at_run_time = True
+        try:
+            self._token.copy_(self._compute(self._token))
+        finally:  # what others compile or export of the model is not changed
+            for layer in self._open:
+                layer.width_at_run_time = False
 
     def _step(self) -> None:
         graph = self._graphs.get(self._widths())
@@ -151,8 +164,8 @@ class Decoder:
         """The present token on its way to the host, and the event of its arrival."""
         if self._token.device.type != "cuda":
             return self._token[:, 0].clone(), None
-        token = torch.empty(self.batch_size, dtype=torch.long, pin_memory=True)
+        token = torch.empty(self.batch_size, dtype=torch.long, device="cpu", pin_memory=True)
         token.copy_(self._token[:, 0], non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(self._token.device))
         return token, arrived

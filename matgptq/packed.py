@@ -51,7 +51,8 @@ class PackedLinear(MatGPTQLinear):
         self._widths = layer.widths if self.resident else (layer.bits,)
         self.own_widths = tuple(b for b in layer.own_widths if b in self._widths)
         self.width_at_run_time = False
-        self._width = torch.zeros(2, dtype=torch.long)  # of packed_linear_at; stays on the CPU
+        with torch.inference_mode(False):  # so that it can be written in and out of inference mode
+            self._width = torch.zeros(2, dtype=torch.long, device="cpu")  # of packed_linear_at; stays on the CPU
         self.bits = layer.bits
         self.stored_dtype = layer.scales.dtype
         self.zero_dtype = None if layer.zeros is None else layer.zeros.dtype
@@ -111,7 +112,7 @@ class PackedLinear(MatGPTQLinear):
     def bits(self, bits: int) -> None:
         MatGPTQLinear.bits.fset(self, bits)  # type: ignore[attr-defined]
         index = self.own_widths.index(bits) if bits in self.own_widths else len(self.own_widths)
-        self._width.copy_(torch.tensor([bits, index]))
+        self._width[0], self._width[1] = bits, index
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``, in the type of ``x``."""
@@ -157,7 +158,8 @@ class PackedLinear(MatGPTQLinear):
             raise ValueError(f"rows must be cut at multiples of {TILE}, got {start} to {stop} ({self.name})")
         part = super().rows(start, stop)
         assert isinstance(part, PackedLinear)
-        part._width = self._width.clone()
+        with torch.inference_mode(False):
+            part._width = self._width.clone()
         return part
 
     def _cut(self, name: str, tensor: Tensor | None, start: int, stop: int) -> Tensor | None:

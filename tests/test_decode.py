@@ -75,8 +75,6 @@ def test_compiled_code_serves_all_widths(tiny_folder, text_file, tmp_path):
     decoder = Decoder(model, max_length=40, compile=True)
     decoder._compute = torch.compile(decoder._next, fullgraph=True, dynamic=False, backend=backend)
     plain = Decoder(model, max_length=40)
-    for layer in matgptq.quantized_layers(model).values():
-        layer.width_at_run_time = True
     answers = []
     for bits in (8, 4, 2, 4):
         matgptq.set_bits(model, bits)
@@ -85,6 +83,18 @@ def test_compiled_code_serves_all_widths(tiny_folder, text_file, tmp_path):
     assert compilations == 1
     assert torch.equal(answers[1], answers[3])
     assert not torch.equal(answers[0], answers[2])
+    exported = torch.export.export(model.model.layers[0].mlp, (torch.randn(1, 1, 64, dtype=torch.bfloat16),))
+    assert "packed_linear" in str(exported)
+    assert "packed_linear_at" not in str(exported)  # to others the width is a constant, as before
+
+
+def test_graphs_are_told_apart_by_the_widths_of_all_layers(model):
+    decoder = Decoder(model, max_length=40)  # its layers are not packed, as those of a float32 model on a GPU
+    seen = set()
+    for bits in (8, 4, {"*.down_proj": 3}):
+        matgptq.set_bits(model, bits)
+        seen.add(decoder._widths())
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize(
@@ -129,3 +139,28 @@ def test_graphs_on_a_gpu_give_the_tokens_of_the_cpu(model, tiny_folder, tmp_path
         matgptq.set_bits(model, bits)
         assert torch.equal(decoder.generate(IDS, 12), expected(model, IDS, 12))
     assert len(decoder._graphs) == 2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_gpu_that_is_not_the_current_one(model, tiny_folder, tmp_path, compile):
+    quantize(tiny_folder, tmp_path / "nested", matgptq.Method(group_size=16, feedback=False), progress=False)
+    on_gpu = matgptq.load(tmp_path / "nested", device="cuda:1")
+    decoder = Decoder(on_gpu, max_length=40, compile=compile)
+    for bits in (8, 4, 8):
+        matgptq.set_bits(on_gpu, bits)
+        matgptq.set_bits(model, bits)
+        assert torch.equal(decoder.generate(IDS, 12), expected(model, IDS, 12))
+    assert torch.cuda.current_device() == 0
+    assert len(decoder._graphs) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_layers_that_are_not_packed_on_a_gpu(model, tiny_folder, tmp_path):
+    quantize(tiny_folder, tmp_path / "nested", matgptq.Method(group_size=16, feedback=False), progress=False)
+    on_gpu = matgptq.load(tmp_path / "nested", device="cuda", dtype=torch.float32)
+    decoder = Decoder(on_gpu, max_length=40)
+    for bits in (8, 2):
+        matgptq.set_bits(on_gpu, bits)
+        matgptq.set_bits(model, bits)
+        assert torch.equal(decoder.generate(IDS, 12), expected(model, IDS, 12))

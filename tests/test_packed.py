@@ -211,3 +211,16 @@ def test_rows_are_a_layer_in_the_same_memory(resident):
         packed.rows(32, 70)
     with pytest.raises(ValueError, match="rows must be cut at multiples of 64, got 0 to 32"):
         packed.rows(0, 32)
+
+
+def test_the_width_can_change_wherever_the_layer_was_made():
+    stored = layer()
+    with torch.inference_mode():
+        packed = PackedLinear(stored, dtype=torch.float16)
+        part = packed.rows(64, 70)
+    with torch.device("meta"):  # a default device
+        another = PackedLinear(stored, dtype=torch.float16)
+        another.bits = 3
+    packed.bits = part.bits = 3
+    for made in (packed, part, another):
+        assert made._width.tolist() == [3, 0]
