@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,8 @@ def time_calls(calls: Calls, device: torch.device, cuda_graph: bool = True) -> d
 
     run()
     if device.type == "cuda":
-        times = _time_on_gpu(run, device, cuda_graph)
+        with torch.cuda.device(device):  # graphs and events are of the current device
+            times = _time_on_gpu(run, device, cuda_graph)
     else:
         times = []
         for _ in range(REPLAYS):
@@ -163,11 +164,14 @@ def time_calls(calls: Calls, device: torch.device, cuda_graph: bool = True) -> d
     return {"us": statistics.median(each), "us_min": min(each), "us_max": max(each)}
 
 
+_stream = cache(torch.cuda.Stream)  # to capture on; torch's own is of one GPU, whichever comes first
+
+
 def _time_on_gpu(run: Callable[[], None], device: torch.device, cuda_graph: bool) -> list[float]:
     torch.cuda.synchronize(device)
     if cuda_graph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=_stream(device)):
             run()
         run = graph.replay
         run()
@@ -312,7 +316,7 @@ def call_cost(device: torch.device, calls: int = 300) -> dict[str, float]:
         "torch": lambda: torch.nn.functional.linear(x, dense),
     }
     costs = {}
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.cuda.device(device):
         for name, way in ways.items():
             times = []
             for _ in range(5 * REPLAYS):

@@ -29,7 +29,8 @@ def humming_times(
 ) -> dict[Case, dict[str, float]]:
     """``{case: {"humming": microseconds}}`` of the cases that Humming supports, as many as ``seconds`` allow.
 
-    Nothing where it is not installed, or on a CPU. Layers are compiled in parallel, then timed one by one.
+    Nothing where it is not installed, or on a CPU. Layers are compiled in parallel, for half of the time at most; what
+    is there by then is timed one by one.
     """
     if device.type != "cuda" or seconds <= 0 or importlib.util.find_spec("humming") is None:
         return {}
@@ -40,7 +41,7 @@ def humming_times(
     pool = ThreadPoolExecutor()
     made = {layer: pool.submit(_compiled, layer, [c.M for c in group], device) for layer, group in layers.items()}
     try:
-        wait(made.values(), timeout=seconds)
+        wait(made.values(), timeout=seconds / 2)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     times: dict[Case, dict[str, float]] = {}
