@@ -119,6 +119,8 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)  # whose memory is told
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",
         "torch": torch.__version__,
@@ -153,6 +155,9 @@ def main() -> None:
             + ", ".join(f"{r} tokens/s at {b}" for b, r in row["tokens_per_second"].items())
         )
         report["results"].append(row)
+        save()
+
+    def save() -> None:
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -180,6 +185,7 @@ def main() -> None:
             matgptq.set_bits(model, bits)
             measure(model, bits, loop, sizes)
     report["width_changes"] = width_changes(model, options, device)
+    save()
     dtype = model.dtype
     del model
     reset_peak()
@@ -187,8 +193,6 @@ def main() -> None:
         model = dense_model(config, device, dtype)
         for loop in options.loops:
             measure(model, 16, loop, {"mode": "dense", "weights_gib": round(held_bytes(model) / GIB, 2)})
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def width_changes(model: PreTrainedModel, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:

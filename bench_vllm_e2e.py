@@ -56,9 +56,11 @@ def memory(worker: Any) -> dict[str, Any]:
     from vllm_matgptq.linear import FusedLinear
 
     model = worker.model_runner.get_model()
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()}
+    # not the state dict: packed layers unpack for that
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     peaks = [module.peak_bytes for module in model.modules() if isinstance(module, FusedLinear)]
-    weights = sum(storages.values()) / GIB
+    weights = sum(sizes.values()) / GIB
     return {"weights_gib": round(weights, 3), "load_peak_gib": round(max(peaks) / GIB, 3) if peaks else None}
 
 
