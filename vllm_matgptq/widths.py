@@ -21,8 +21,8 @@ def engine_args(bits: int | Mapping[str, int] | None = None, *, resident: bool =
     """Arguments for ``vllm.LLM`` or ``AsyncEngineArgs`` that choose the width.
 
     Args:
-        bits: one width for all layers, or a map from layer name or shell-style pattern to width, for the others the
-            width in the folder's config.json; None for the folder's widths.
+        bits: one width for all layers, or a map from layer name or shell-style pattern to width, in place of
+            the folder's ``bits_per_layer``: the others get its ``bits``; None for the folder's widths.
         resident: hold all bits of the weights, so that `set_bits` works.
 
     Example:
