@@ -179,7 +179,7 @@ def product_cases(quick: bool) -> Iterator[tuple[dict[str, Any], int]]:
             }
             yield layer, 5
             many += 1
-            yield layer, (40, 120, 300)[many % 3]  # hopper.cu, where there is one
+            yield layer, (40, 120, 300)[many // 3 % 3]  # hopper.cu, where there is one
     shapes = [
         (1, 16),
         (17, 48),
@@ -194,6 +194,13 @@ def product_cases(quick: bool) -> Iterator[tuple[dict[str, Any], int]]:
     ]
     for (N, K), bits, M in itertools.product(shapes, (2, 3, 4, 6, 8), (1, 3, 16, 33, 130, 257, 1000)):
         yield {"N": N, "K": K, "bits": bits, "group_size": 16 if K % 64 else 64}, M
+    # Every family of hopper.cu's tiles that `choose` takes, with all ways of holding weights.
+    for (N, K), M in itertools.product(((4096, 4096), (28672, 1024), (4096, 14336)), (17, 24, 48, 200, 512)):
+        for zeros, (resident, rule), (bits, dtype) in zip(
+            (False, True, False, True, True), (*holds, *holds[1:]), itertools.product((4, 7, 2), DTYPES), strict=False
+        ):
+            options = {"bits": bits, "dtype": dtype, "zeros": zeros, "resident": resident, "rule": rule}
+            yield {"N": N, "K": K, "group_size": 64 if M == 24 else 128, **options}, M
     for M, bits in itertools.product((24, 48, 96, 192, 500, 2048, 4000, 8192, 9000), (2, 4, 8)):
         yield {"N": 1300, "K": 640, "bits": bits, "dtype": ("float16", "bfloat16")[bits // 4 % 2]}, M
 
@@ -248,8 +255,14 @@ def check_determinism(checks: Checks) -> None:
 
 def check_graph(checks: Checks) -> None:
     """Chained layers in a CUDA graph, with programmatic launches between ours and torch's kernels between."""
+    for M in (4, 40, 300):
+        check_graph_of(checks, M)
+
+
+def check_graph_of(checks: Checks, M: int) -> None:
+    """`check_graph` for a number of tokens."""
     layers = [Layer(1024, 1024, bits, seed=bits) for bits in (2, 3, 4, 8)]
-    x = tokens(4, 1024, "float16")
+    x = tokens(M, 1024, "float16")
 
     def chain(v: Tensor) -> Tensor:
         for layer in layers:
@@ -264,10 +277,10 @@ def check_graph(checks: Checks) -> None:
     for _ in range(20):
         out.fill_(float("nan"))
         graph.replay()
-        checks.expect(torch.equal(out, want), "graph replay")
+        checks.expect(torch.equal(out, want), f"graph replay {M=}")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         side = chain(x)
     stream.synchronize()
-    checks.expect(torch.equal(side, want), "another stream")
+    checks.expect(torch.equal(side, want), f"another stream {M=}")

@@ -255,6 +255,8 @@ def dummy(options: argparse.Namespace) -> dict[str, Any]:
     from .dummy import write_dummy
 
     quantization = None
+    if options.dense and (options.packed or options.asym):
+        raise ValueError("dense must not go with packed or asym, which say how to quantise, got both")
     if not options.dense:
         quantization = QuantConfig(bits=options.bits, group_size=options.group_size, sym=not options.asym)
     write_dummy(

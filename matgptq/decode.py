@@ -76,6 +76,8 @@ class Decoder:
     ) -> Iterator[Tensor]:
         """The next token of every sequence, ``(batch_size,)`` on the CPU, as it comes.
 
+        One stream at a time: a second one takes the cache from the first.
+
         Args:
             input_ids: prompts of one length, ``(batch_size, length)``.
             max_new_tokens: most tokens of an answer; None: as many as there is room for.
@@ -127,8 +129,8 @@ class Decoder:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):  # the first call makes the cache, and compiles
-                self._advance()
                 self._cache.reset()
+                self._advance()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None

@@ -148,12 +148,13 @@ def write_dummy(
             check_bits(stored_bits, name="stored_bits", most=quantization.master_bits)
             quantization = QuantConfig.from_dict({**quantization.to_dict(), "bits": stored_bits})
         values["quantization_config"] = quantization.to_dict()
+    quantized = _quantized(model, quantization)
     draw = _Random(torch.Generator(device).manual_seed(seed), dtype, getattr(config, "initializer_range", 0.02))
     with new_folder(out) as folder:
         if not config_only:
             places: dict[str, str] = {}
             total = 0
-            for index, tensors in enumerate(_blocks(model, draw, quantization, stored_bits)):
+            for index, tensors in enumerate(_blocks(model, draw, quantized, quantization, stored_bits)):
                 file = f"model-{index:05}.safetensors"
                 save_file(tensors, folder / file, metadata={"format": "pt"})
                 places.update(dict.fromkeys(tensors, file))
@@ -194,12 +195,23 @@ class _Random:
         return torch.empty(shape, dtype=self.dtype, device=self.generator.device).normal_(generator=self.generator)
 
 
+def _quantized(model: nn.Module, config: QuantConfig | None) -> set[str]:
+    """Names of the layers to quantise; their columns are checked to be whole groups."""
+    if config is None:
+        return set()
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    names = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not output and not config.skips(name):
+            group_count(module.in_features, config.group_size, where=name)
+            names.add(name)
+    return names
+
+
 def _blocks(
-    model: nn.Module, draw: _Random, config: QuantConfig | None, stored_bits: int | None
+    model: nn.Module, draw: _Random, quantized: set[str], config: QuantConfig | None, stored_bits: int | None
 ) -> Iterator[Mapping[str, Tensor]]:
     """The folder's tensors, file by file."""
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    output = next((name for name, m in model.named_modules() if m is model.get_output_embeddings()), None)  # type: ignore[operator]
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     block: dict[str, Tensor] = {}
     present = ""
@@ -213,9 +225,7 @@ def _blocks(
             yield block
             block = {}
         present = place
-        quantised = config is not None and owner in linears and owner != output and not config.skips(owner)
-        if quantised and suffix == "weight":
-            assert config is not None
+        if config is not None and owner in quantized and suffix == "weight":
             block.update({f"{owner}.{k}": v for k, v in draw.quantized(parameter.shape, config, stored_bits).items()})
         else:
             block[name] = draw.dense(parameter.shape, name)

@@ -33,7 +33,7 @@ class PackedLinear(MatGPTQLinear):
             layer that has one width is held at it.
 
     Raises:
-        ValueError: ``dtype`` is not one that the kernels compute in.
+        ValueError: ``dtype`` is not one that the kernels compute in, or cannot hold the weights of the scales.
     """
 
     planes: Tensor
@@ -67,6 +67,7 @@ class PackedLinear(MatGPTQLinear):
         shared = [] if set(self.own_widths) == set(self._widths) else ["scales"]
         for name in (*shared, *(f"scales_{b}" for b in self.own_widths)):
             scales = getattr(layer, name).float() / 2**shift
+            check_scales(scales, dtype, f"{layer.name}.{name}".lstrip("."))
             self.register_buffer(name, pack_scales(scales.to(dtype)))
         zeros = _unit_zeros(layer, shift)
         self.register_buffer("unit_zeros", None if zeros is None else pack_scales(zeros))
@@ -246,6 +247,14 @@ def warmup(model: nn.Module, tokens: Iterable[int] = (1, 2, 4, 8, 16, 32, 64)) -
     for device in {layer.planes.device for layer in layers}:
         there = [layer for layer in layers if layer.planes.device == device]
         compile_and_load({layer.problem(m) for layer in there for m in tokens}, device)
+
+
+def check_scales(scales: Tensor, dtype: torch.dtype, name: str) -> None:
+    """Raise a ValueError if a weight ``scales * (level - zero)`` may be beyond ``dtype``, whatever its code."""
+    most = torch.finfo(dtype).max / 2**MAX_BITS
+    largest = scales.abs().max().item()
+    if largest > most:
+        raise ValueError(f"{name} must be at most {most:g} in {dtype}, for weights to be finite, got {largest:g}")
 
 
 def _gain(rule: str, shift: int) -> float:

@@ -51,7 +51,7 @@ def test_a_dense_dummy_is_not_quantised(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_known_geometries(arch, tmp_path):
-    write_dummy(arch, tmp_path / "dummy", quantization=matgptq.QuantConfig(bits=3), config_only=True)
+    write_dummy(arch, tmp_path / "dummy", quantization=matgptq.QuantConfig(bits=3, group_size=64), config_only=True)
     assert [file.name for file in (tmp_path / "dummy").iterdir()] == ["config.json"]
     values = json.loads((tmp_path / "dummy" / "config.json").read_text())
     assert values["quantization_config"]["bits"] == 3
@@ -71,5 +71,12 @@ def test_command_line(tiny_folder, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["bytes"] > 0
     assert main(argv) == 2
     assert "out must be a new or an empty folder" in capsys.readouterr().err
+    fine = ["dummy", "--arch", "smollm2-135m", "--out", str(tmp_path / "f"), "--config-only"]
+    assert main(fine) == 2  # groups of 128
+    assert (
+        "group_size must divide in_features = 576, got 128 (model.layers.0.self_attn.q_proj)" in capsys.readouterr().err
+    )
+    assert main([*fine, "--dense", "--asym"]) == 2
+    assert "dense must not go with packed or asym" in capsys.readouterr().err
     assert main(["dummy", "--arch", "gpt-9", "--out", str(tmp_path / "e")]) == 2
     assert "arch must be a folder with a config.json, or one of llama-3.2-1b" in capsys.readouterr().err

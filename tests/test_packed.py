@@ -157,6 +157,16 @@ def test_bytes_are_those_of_the_width(sym):
     assert packed.nbytes() == packed.planes.nbytes + packed.scales.nbytes + zeros + 70 * 2
 
 
+def test_scales_whose_weights_overflow_are_refused():
+    made = layer()
+    made.scales[3, 1] = 300
+    with pytest.raises(
+        ValueError, match=r"^scales must be at most 255\.875 in torch\.float16, for weights to be finite, got 300"
+    ):
+        PackedLinear(made, dtype=torch.float16)
+    assert PackedLinear(made, dtype=torch.bfloat16).widths == made.widths
+
+
 def test_packing_lets_go_of_each_layer_as_it_goes():
     model = nn.ModuleDict({name: layer() for name in "abcd"})
     alive = [weakref.ref(model[name]) for name in "abcd"]

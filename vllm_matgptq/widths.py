@@ -51,10 +51,11 @@ def set_bits(llm: Any, bits: int | Mapping[str, int]) -> float:
     Raises:
         ValueError: the weights are not resident, a layer cannot serve its width, or an entry matches no layer; nothing
             is changed then. From a worker in another process vLLM raises its own error with this one's text.
+        RuntimeError: there are requests under way, whose keys and values would be of both widths; nothing is changed.
     """
-    seconds = llm.collective_rpc("matgptq_set_bits", args=(bits if isinstance(bits, int) else dict(bits),))
-    llm.reset_prefix_cache()  # keys and values of the old width
-    return max(seconds)
+    if llm.reset_prefix_cache() is False:  # keys and values of the old width
+        raise RuntimeError("llm must have no requests under way when its width is changed, got some")
+    return max(llm.collective_rpc("matgptq_set_bits", args=(bits if isinstance(bits, int) else dict(bits),)))
 
 
 class WidthExtension:
@@ -66,6 +67,9 @@ class WidthExtension:
     def matgptq_set_bits(self, bits: int | Mapping[str, int]) -> float:
         """`set_bits` on one rank; returns the seconds that it took."""
         start = time.perf_counter()
+        stages = self.vllm_config.parallel_config.pipeline_parallel_size
+        if stages > 1 and not isinstance(bits, int):  # a stage cannot tell which entries match layers of the others
+            raise ValueError(f"bits must be one width for all layers in {stages} pipeline stages, got {bits}")
         model = self.model_runner.get_model()
         layers = [module for module in model.modules() if isinstance(module, FusedLinear)]
         chosen = choose_widths(layers, bits)

@@ -33,6 +33,7 @@ using Decode = Decoder<T, BITS, bool(ROUND)>;
 
 constexpr int kPlanes = BITS + ROUND;
 constexpr int kRowWarps = 4 * ROW_TILES / WORDS;  // consumer warps along rows
+static_assert(kRowWarps % 4 == 0);  // whole warpgroups
 constexpr int kConsumers = 32 * kRowWarps * K_GROUPS, kThreads = kConsumers + 128;
 // 256 or 512 consumers; an SM has 65536 registers for its blocks.
 constexpr int kConsumerRegisters = kConsumers == 512 ? 112 : BLOCKS == 2 ? 104 : 232;
@@ -171,7 +172,7 @@ __device__ __forceinline__ void store_to_block(int block, uint32_t address, cons
 // An 8x8 matrix of 16-bit values, a row's pair in each lane, as its columns' pairs.
 __device__ __forceinline__ uint32_t transpose(uint32_t v) {
   uint32_t d;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
   return d;
 }
 
@@ -315,6 +316,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
         }
       }
     }
+    __syncwarp();
     if (p.splits > 1) sync_cluster(), sync_cluster();
     return;
   }

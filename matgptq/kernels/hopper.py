@@ -97,6 +97,7 @@ def supports(config: HopperConfig, problem: Problem) -> bool:
     return (
         problem.sm == 90
         and config.tokens in TOKENS
+        and config.row_tiles in (2, 4)
         and config.words == (2 if config.tokens <= 128 else 1)
         and (config.words == 2 or config.k_groups == 1)
         and config.threads in (384, 640)

@@ -46,8 +46,9 @@ def matmul(
         group_size: a multiple of 16 that divides in_features, or -1 for one group a row.
         rule: "round" or "prefix". A resident "round" slice reads one plane more than ``bits`` (not at 8).
 
-    Runs on the current stream without synchronising. Weights, scales, zeros and bias must not be written by the kernel
-    that was launched just before: it may still run.
+    Runs on the current stream without synchronising. Weights, scales, zeros and bias must not be written by a kernel
+    that may still run: the one launched just before, and others if that one lets its successor start before it waits.
+    Operands that have passed the checks once, by address, are not checked again.
 
     Raises ValueError for arguments that break these rules.
     """
@@ -201,6 +202,8 @@ def _check_operands(
             continue
         if tensor.dtype != dtype or tuple(tensor.shape) != wanted:
             raise ValueError(f"{name} must be {dtype} {wanted}, got {tensor.dtype} {tuple(tensor.shape)}")
+        if name != "bias" and tensor.data_ptr() % 16:
+            raise ValueError(f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}")
         if tensor.get_device() != x.get_device() or not tensor.is_contiguous():
             raise ValueError(
                 f"{name} must be contiguous and on {x.device}, got {tensor.device}, strides {tensor.stride()}"
