@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, TextStreamer
 
 import matgptq
-from matgptq.decode import Decoder
+from matgptq.decode import Decoder, chat_prompt
 
 
 def main() -> None:
@@ -30,11 +30,7 @@ def main() -> None:
     model = matgptq.load(
         options.model, device=options.device, dtype=torch.float32 if options.device == "cpu" else "auto"
     )
-    messages = [{"role": "user", "content": options.prompt}]
-    prompt = options.prompt
-    if tokenizer.chat_template:
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+    ids = tokenizer(chat_prompt(tokenizer, options.prompt), return_tensors="pt", add_special_tokens=False).input_ids
     decoder = Decoder(model, max_length=ids.shape[1] + options.max_new_tokens, compile=options.compile)
     for bits in options.bits:
         start = time.perf_counter()

@@ -11,6 +11,7 @@ import time
 from vllm import LLM, SamplingParams
 
 import vllm_matgptq
+from matgptq.decode import chat_prompt
 
 
 def main() -> None:
@@ -32,11 +33,7 @@ def main() -> None:
         **vllm_matgptq.engine_args(resident=True),
     )
     tokenizer = llm.get_tokenizer()
-    prompt = options.prompt
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": options.prompt}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    ids = tokenizer(chat_prompt(tokenizer, options.prompt), add_special_tokens=False).input_ids
     sampling = SamplingParams(temperature=0, max_tokens=options.max_new_tokens)
     for bits in options.bits:
         ready = vllm_matgptq.set_bits(llm, bits)  # the same weights in memory, read at another width

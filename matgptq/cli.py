@@ -135,15 +135,12 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     """``matgptq generate``: the answer to a prompt, token by token as it comes."""
     from transformers import AutoTokenizer, TextStreamer
 
-    from .decode import Decoder
+    from .decode import Decoder, chat_prompt
     from .hf import load
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = load(options.model, options.bits, dtype=_dtype(options), device=options.device)
-    prompt = options.prompt
-    if tokenizer.chat_template and not options.raw:
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = options.prompt if options.raw else chat_prompt(tokenizer, options.prompt)
     prompt_ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
     decoder = Decoder(model, max_length=prompt_ids.shape[1] + options.max_new_tokens, compile=options.compile)
     decoder.prepare()

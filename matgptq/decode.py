@@ -8,6 +8,7 @@ GPU. The model's own code computes the step, by `torch.compile` if asked.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,3 +172,11 @@ class Decoder:
         arrived = torch.cuda.Event()
         arrived.record(torch.cuda.current_stream(self._token.device))
         return token, arrived
+
+
+def chat_prompt(tokenizer: Any, text: str) -> str:
+    """``text`` as a user's message in the chat template of ``tokenizer``; itself where there is none."""
+    if not tokenizer.chat_template:
+        return text
+    messages = [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import matgptq
-from matgptq.decode import Decoder
+from matgptq.decode import Decoder, chat_prompt
 from matgptq.packed import pack
 from matgptq.quantizer.pipeline import quantize
 
@@ -116,6 +116,17 @@ def test_beyond_a_sliding_window(tmp_path):
     assert torch.equal(Decoder(model, max_length=40).generate(IDS, 12), expected(model, IDS, 12))
     with pytest.raises(ValueError, match="compile must be off beyond the sliding window of 8, got max_length 40"):
         Decoder(model, max_length=40, compile=True)
+
+
+def test_a_prompt_takes_the_form_of_a_chat(tiny_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = None
+    assert chat_prompt(tokenizer, "Why?") == "Why?"
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %} [you]{% endif %}"
+    )
+    assert chat_prompt(tokenizer, "Why?") == "[user] Why? [you]"
 
 
 def test_bad_prompts(model):
