@@ -66,6 +66,16 @@ def test_a_server_answers_an_openai_client(folder):
         server.wait(60)
 
 
+def test_the_demo_answers_at_each_width(folder):
+    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    environment |= {"MODEL_ID": str(folder), "PYTHON": sys.executable, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    command = [ROOT / "scripts" / "run_inference_vllm.sh", "--bits", "8", "6", "--max-new-tokens", "8"]
+    command += ["--max-model-len", "128", "--enforce-eager"]
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=400).stdout
+    assert output.count("The capital of France is Paris") == 2
+    assert output.count("[8 tokens, ") == 2
+
+
 def wait_for(url, server, seconds):
     """Return once ``url`` answers; an error if the server ends, or does not answer in time."""
     deadline = time.monotonic() + seconds
