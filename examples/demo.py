@@ -21,8 +21,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import matgptq
-from matgptq.cli import info_of
 from matgptq.evaluate import model_bytes, perplexity, read_tokens
+from matgptq.info import info_of
 
 DATA = Path(__file__).parent / "data"
 QUESTION = "What is the capital of France?"
