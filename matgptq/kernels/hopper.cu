@@ -332,6 +332,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
   uint32_t phase = 0;
   auto release = [&](int turns_ago, bool there) {
     const int of_stage = stage - turns_ago;
+    __syncwarp();  // one lane arrives for what all have read
     arrive_if(there && lane == 0, empty + 8 * (of_stage < 0 ? of_stage + STAGES : of_stage));
   };
 #pragma unroll 1
