@@ -76,6 +76,39 @@ def generate(llm: Any, batch: int, prompt: int, new: int, seed: int = 0, **sampl
     return time.perf_counter() - start, outputs
 
 
+def start_profile(worker: Any) -> None:
+    """Run on the worker: record the GPU's kernels from now on."""
+    import torch
+
+    worker.matgptq_profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    worker.matgptq_profile.start()
+
+
+def stop_profile(worker: Any) -> list[tuple[str, int, float]]:
+    """Run on the worker: kernels since `start_profile`, how many and microseconds of all, the longest first."""
+    import torch
+
+    torch.cuda.synchronize()
+    record = worker.__dict__.pop("matgptq_profile")
+    record.stop()
+    times: dict[str, list[float]] = {}
+    for event in record.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times.setdefault(event.name[:120], []).append(event.device_time)
+    return sorted(((name, len(each), sum(each)) for name, each in times.items()), key=lambda item: -item[2])
+
+
+def profile(llm: Any, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Where the GPU's time goes in a step: calls and microseconds by kernel. Recording makes a step longer."""
+    llm.collective_rpc(start_profile)
+    generate(llm, batch, options.input_len, options.output_len)
+    kernels = llm.collective_rpc(stop_profile)[0]
+    steps = options.output_len
+    us = {name: [round(count / steps, 2), round(total / steps, 1)] for name, count, total in kernels[:20]}
+    rest = round(sum(total for *_, total in kernels[20:]) / steps, 1)
+    return {"batch": batch, "calls_and_us_a_step": us, "us_of_others": rest}
+
+
 def verify(llm: Any, new: int) -> None:
     """Raise an ArithmeticError unless logits are finite, and greedy tokens are the same twice."""
     runs = [generate(llm, 2, 32, new, logprobs=1)[1] for _ in range(2)]
@@ -104,6 +137,8 @@ def measure(llm: Any, options: argparse.Namespace) -> dict[str, Any]:
         times = [generate(llm, options.concurrent, 128, 128, seed=i)[0] for i in range(3)][1:]
         rate = options.concurrent * 128 / min(times)
         row["throughput"] = {"requests": options.concurrent, "output_tokens_per_second": round(rate, 1)}
+    if options.profile:
+        row["profile"] = profile(llm, options.profile, options)
     return row
 
 
@@ -120,7 +155,7 @@ def run_engine(engine: str, folder: Path, options: argparse.Namespace, results: 
 
         import vllm_matgptq
 
-        sizes = sorted({*options.batch_sizes, *([options.concurrent] if options.concurrent else [])})
+        sizes = sorted({*options.batch_sizes, *filter(None, (options.concurrent, options.profile))})
         arguments: dict[str, Any] = {
             "max_model_len": max(options.input_len + options.output_len, (options.ttft or 0) + 16, 272),
             "max_num_seqs": max(2, *sizes),
@@ -227,6 +262,7 @@ def main() -> int:
     parser.add_argument(
         "--concurrent", type=int, metavar="REQUESTS", help="also the throughput of so many, 128 + 128 tokens"
     )
+    parser.add_argument("--profile", type=int, metavar="BATCH", help="also a step's kernels, by torch.profiler")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--group-size", type=int, default=128, help="weights that share a scale")
     parser.add_argument("--slicing", default="round", choices=["round", "prefix"])

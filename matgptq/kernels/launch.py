@@ -34,25 +34,23 @@ def make_launcher(problem: Problem, config: AnyConfig, device: int, programmatic
 class Launcher:
     """One problem's kernel on one device, for at most ``problem.M`` tokens; for any number if that fills a tile."""
 
+    _pack = _PARAMS.pack_into
+
     def __init__(self, problem: Problem, config: Config, device: int, programmatic: bool = True):
         self._prepare(problem, config, shared_bytes(problem, config), device, programmatic)
         splits = (config.split_tiles(problem), config.chunk_tiles, inbox_offset(problem, config))
         self._constants = (*_sizes(problem), *splits, _shift(problem))
-        self._config = config
-        self._grid, self._tokens = grid(problem, config), config.tokens
+        self._splits, _, self._row_blocks = grid(problem, config)
 
     def _prepare(self, problem: Problem, config: AnyConfig, shared: int, device: int, programmatic: bool) -> None:
         driver = _driver()
         self.problem, self._shared = problem, shared
+        self._threads, self._tokens = config.threads, config.tokens
         self.checked: set[tuple[int, ...]] = set()  # operands that matmul has checked
-        self._function = _load(tuple(defines(problem, config).items()), architecture(problem, config), device)
-        _check(
-            driver.cuFuncSetAttribute(
-                self._function,
-                driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                max(self._shared, _shared_of(self._function)),
-            )
-        )
+        function = _load(tuple(defines(problem, config).items()), architecture(problem, config), device)
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(driver.cuFuncSetAttribute(function, limit, max(shared, _shared_of(function))))
+        self._function = int(function)
         self._attributes = []
         if problem.sm >= 90 and config.splits > 1:
             cluster = driver.CUlaunchAttribute()
@@ -64,75 +62,64 @@ class Launcher:
             overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             overlap.value.programmaticStreamSerializationAllowed = 1
             self._attributes.append(overlap)
-        self._launches: dict[tuple[int, int], Any] = {}  # (stream, token blocks) -> launch configuration
-        self._launch = driver.cuLaunchKernelEx
+        self._launches: dict[tuple[int, int], int] = {}  # (stream, token blocks) -> address of what is below
+        self._configurations: list[Any] = []
+        self._launch = _launch_function()
 
-    def __call__(self, stream: int, M: int, x: int, planes: int, scales: int, zeros: int, bias: int, y: int) -> None:
+    def __call__(self, stream: int, M: int, x: Any, planes: int, scales: int, zeros: int, bias: int, y: int) -> None:
         """Launches on ``stream``; the rest are device addresses, 0 for none."""
         token_blocks = -(-M // self._tokens)
-        launch = self._launches.get((stream, token_blocks))
-        if launch is None:
-            launch = self._launches[(stream, token_blocks)] = self._configuration(stream, token_blocks)
+        launch = self._launches.get((stream, token_blocks)) or self._configure(stream, token_blocks)
         try:
             buffer, address = _thread.params
         except AttributeError:
-            buffer, address = _thread.params = _params(_PARAMS.size)
-        _PARAMS.pack_into(buffer, 0, x, planes, scales, zeros, bias, y, M, *self._constants)
-        (status,) = self._launch(launch, self._function, address, 0)
+            buffer, address = _thread.params = _params()
+        self._pack(buffer, 0, x, planes, scales, zeros, bias, y, M, *self._constants)
+        status = self._launch(launch, self._function, address, None)
         if status:
-            _check((status,))
+            _check((_driver().CUresult(status),))
 
-    def _configuration(self, stream: int, token_blocks: int) -> Any:
-        splits, _, row_blocks = self._grid
-        return self._launch_configuration(stream, (splits, token_blocks, row_blocks), self._config.threads)
+    def _blocks(self, token_blocks: int) -> tuple[int, int, int]:
+        return self._splits, token_blocks, self._row_blocks
 
-    def _launch_configuration(self, stream: int, blocks: tuple[int, int, int], threads: int) -> Any:
+    def _configure(self, stream: int, token_blocks: int) -> int:
         launch = _driver().CUlaunchConfig()
-        launch.gridDimX, launch.gridDimY, launch.gridDimZ = blocks
-        launch.blockDimX, launch.blockDimY, launch.blockDimZ = threads, 1, 1
+        launch.gridDimX, launch.gridDimY, launch.gridDimZ = self._blocks(token_blocks)
+        launch.blockDimX, launch.blockDimY, launch.blockDimZ = self._threads, 1, 1
         launch.sharedMemBytes = self._shared
         launch.hStream = stream
         launch.attrs, launch.numAttrs = self._attributes, len(self._attributes)
-        return launch
+        self._configurations.append(launch)
+        address = self._launches[(stream, token_blocks)] = int(launch.getPtr())
+        return address
 
 
 class HopperLauncher(Launcher):
     """The same for hopper.cu, and for any number of tokens."""
 
+    _pack = _HOPPER.pack_into
+
     def __init__(self, problem: Problem, config: HopperConfig, device: int, programmatic: bool = True):
         self._prepare(problem, config, hopper.shared_bytes(problem, config), device, programmatic)
-        self._tile = config
         splits = (config.splits, config.split_turns(problem), hopper.barriers_offset(problem, config))
         self._constants = (*_sizes(problem), *splits, _shift(problem))
-        self._row_blocks = -(-problem.N // config.rows)
-        self._resident = torch.cuda.get_device_properties(device).multi_processor_count * config.blocks
+        self._splits, self._row_blocks = config.splits, -(-problem.N // config.rows)
+        resident = torch.cuda.get_device_properties(device).multi_processor_count * config.blocks
+        self._most = resident if config.persistent else None  # blocks, which then compute several tiles
         self._maps: dict[tuple[int, int], bytes] = {}  # (address of x, M) -> tensor map
 
-    def __call__(self, stream: int, M: int, x: int, planes: int, scales: int, zeros: int, bias: int, y: int) -> None:
+    def __call__(self, stream: int, M: int, x: Any, planes: int, scales: int, zeros: int, bias: int, y: int) -> None:
         """Launches on ``stream``; the rest are device addresses, 0 for none."""
-        token_blocks = -(-M // self._tile.tokens)
-        launch = self._launches.get((stream, token_blocks))
-        if launch is None:
-            launch = self._launches[(stream, token_blocks)] = self._configuration(stream, token_blocks)
         tensor_map = self._maps.get((x, M))
         if tensor_map is None:
             if len(self._maps) >= _MANY_MAPS:
                 self._maps.clear()
-            tensor_map = self._maps[(x, M)] = _tensor_map(x, M, self.problem.K, self._tile.tokens)
-        try:
-            buffer, address = _thread.hopper
-        except AttributeError:
-            buffer, address = _thread.hopper = _params(_HOPPER.size)
-        _HOPPER.pack_into(buffer, 0, tensor_map, planes, scales, zeros, bias, y, M, *self._constants)
-        (status,) = self._launch(launch, self._function, address, 0)
-        if status:
-            _check((status,))
+            tensor_map = self._maps[(x, M)] = _tensor_map(x, M, self.problem.K, self._tokens)
+        super().__call__(stream, M, tensor_map, planes, scales, zeros, bias, y)
 
-    def _configuration(self, stream: int, token_blocks: int) -> Any:
-        blocks = self._row_blocks * token_blocks * self._tile.splits
-        if self._tile.persistent:
-            blocks = min(blocks, self._resident)
-        return self._launch_configuration(stream, (blocks, 1, 1), self._tile.threads)
+    def _blocks(self, token_blocks: int) -> tuple[int, int, int]:
+        blocks = self._row_blocks * token_blocks * self._splits
+        return blocks if self._most is None else min(blocks, self._most), 1, 1
 
 
 @cache
@@ -144,11 +131,21 @@ def _driver() -> Any:
     return driver
 
 
+@cache
+def _launch_function() -> Any:
+    """The driver's cuLaunchKernelEx: a launch configuration, a function, arguments and options, all by address."""
+    driver = _driver()
+    flags = driver.CUdriverProcAddress_flags.CU_GET_PROC_ADDRESS_DEFAULT
+    address, _ = _check(driver.cuGetProcAddress(b"cuLaunchKernelEx", 11060, flags))
+    # cuda-bindings' own copies the configuration at each call
+    return ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)(address)
+
+
 def _check(result: tuple[Any, ...]) -> Any:
     status, *values = result
     if int(status) != 0:
         raise LaunchError(f"the CUDA driver failed: {status.name}")
-    return values[0] if values else None
+    return values if len(values) > 1 else values[0] if values else None
 
 
 @cache
@@ -196,8 +193,9 @@ def _tensor_map(x: int, M: int, K: int, tokens: int) -> bytes:
     return ctypes.string_at(tensor_map.getPtr(), 128)
 
 
-def _params(size: int) -> tuple[ctypes.Array[ctypes.c_char], int]:
+def _params() -> tuple[ctypes.Array[ctypes.c_char], int]:
     """A buffer for Params, and the address of the argument list that points to it (kept behind it)."""
+    size = max(_PARAMS.size, _HOPPER.size)
     buffer = ctypes.create_string_buffer(size + 8)
     start = ctypes.addressof(buffer)
     struct.pack_into("Q", buffer, size, start)
