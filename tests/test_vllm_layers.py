@@ -225,3 +225,29 @@ def test_vllm_finds_the_entry_point():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "vllm_matgptq.config vllm_matgptq.config"
+
+
+def test_launches_overlap_unless_a_graph_fills_tensors(monkeypatch):
+    import vllm_matgptq.overlap as overlap
+
+    def options(**asked):
+        config = SimpleNamespace(compilation_config=SimpleNamespace(inductor_compile_config=dict(asked)))
+        overlap.overlap_launches(config)
+        return config.compilation_config.inductor_compile_config
+
+    assert options() == {}  # no GPU
+    monkeypatch.setattr(overlap, "current_platform", SimpleNamespace(is_cuda=lambda: True, pass_key="a_pass"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert options() == {}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert options(**{"triton.enable_pdl": False}) == {"triton.enable_pdl": False}
+    assert options(a_pass=1) == {"a_pass": 1}
+    found = options()
+    assert found["triton.enable_pdl"] is True
+    for function, stays in ((lambda x: x + 1, True), (lambda x: x @ torch.ones(8, 3), False)):
+        graph = torch.fx.experimental.proxy_tensor.make_fx(function, tracing_mode="fake")(torch.randn(4, 8)).graph
+        with torch._inductor.config.patch({"triton.enable_pdl": True}):
+            found["a_pass"](graph)
+            assert torch._inductor.config.triton.enable_pdl is stays
+        assert not torch._inductor.config.triton.enable_pdl
+    assert found["a_pass"].uuid() == overlap.Guard().uuid()

@@ -30,6 +30,7 @@ from matgptq.linear import MatGPTQLinear
 from matgptq.packed import PackedLinear
 from matgptq.slicing import MAX_BITS, MIN_BITS
 
+from .overlap import overlap_launches
 from .shards import Shard
 
 if TYPE_CHECKING:
@@ -240,6 +241,7 @@ class MatGPTQLinearMethod(LinearMethodBase):
             )
         self.dtype = params_dtype
         vllm_config = get_current_vllm_config()
+        overlap_launches(vllm_config)
         self.dummy = vllm_config.load_config.load_format == "dummy"
         self.tokens = token_counts(vllm_config)
         for suffix, dtype in SUFFIXES.items():
