@@ -84,29 +84,34 @@ def start_profile(worker: Any) -> None:
     worker.matgptq_profile.start()
 
 
-def stop_profile(worker: Any) -> list[tuple[str, int, float]]:
-    """Run on the worker: kernels since `start_profile`, how many and microseconds of all, the longest first."""
+def stop_profile(worker: Any) -> tuple[list[tuple[str, int, float]], float]:
+    """Run on the worker: kernels since `start_profile`, how many and microseconds of all, the longest first; and the
+    microseconds in which any of them ran."""
     import torch
 
     torch.cuda.synchronize()
     record = worker.__dict__.pop("matgptq_profile")
     record.stop()
     times: dict[str, list[float]] = {}
-    for event in record.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            times.setdefault(event.name[:120], []).append(event.device_time)
-    return sorted(((name, len(each), sum(each)) for name, each in times.items()), key=lambda item: -item[2])
+    busy, end = 0.0, float("-inf")
+    events = [event for event in record.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        times.setdefault(event.name[:120], []).append(event.device_time)
+        busy += max(0.0, event.time_range.end - max(end, event.time_range.start))
+        end = max(end, event.time_range.end)
+    return sorted(((name, len(each), sum(each)) for name, each in times.items()), key=lambda item: -item[2]), busy
 
 
 def profile(llm: Any, batch: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Where the GPU's time goes in a step: calls and microseconds by kernel. Recording makes a step longer."""
+    """Where the GPU's time goes in a step: calls and microseconds by kernel, which may overlap. Recording slows it."""
     llm.collective_rpc(start_profile)
-    generate(llm, batch, options.input_len, options.output_len)
-    kernels = llm.collective_rpc(stop_profile)[0]
+    seconds, _ = generate(llm, batch, options.input_len, options.output_len)
+    kernels, busy = llm.collective_rpc(stop_profile)[0]
     steps = options.output_len
     us = {name: [round(count / steps, 2), round(total / steps, 1)] for name, count, total in kernels[:20]}
-    rest = round(sum(total for *_, total in kernels[20:]) / steps, 1)
-    return {"batch": batch, "calls_and_us_a_step": us, "us_of_others": rest}
+    others = round(sum(total for *_, total in kernels[20:]) / steps, 1)
+    step = {"step_us": round(seconds / steps * 1e6, 1), "busy_us": round(busy / steps, 1)}
+    return {"batch": batch, **step, "calls_and_us_a_step": us, "us_of_others": others}
 
 
 def verify(llm: Any, new: int) -> None:
