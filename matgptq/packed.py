@@ -7,7 +7,9 @@ width of the checkpoint, chosen per call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -209,7 +211,9 @@ class PackedLinear(MatGPTQLinear):
             assert self.unit_zeros is not None
             zeros = unpack_scales(self.unit_zeros, self.out_features)
             layer.zeros = ((zeros - _gain(self.rule, shift)) / 2**shift).to(self.zero_dtype)
-        layer.perm, layer.bias = self.perm, self.bias
+        # Copies: those of a layer that lies together with others share memory, which a file must not.
+        layer.perm = None if self.perm is None else self.perm.clone()
+        layer.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone(), False)
         return layer
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
@@ -218,6 +222,9 @@ class PackedLinear(MatGPTQLinear):
 
 def pack(model: nn.Module, *, dtype: torch.dtype | None = None, resident: bool = True) -> None:
     """Replace the quantised layers of ``model`` by `PackedLinear`, one after the other, where they are.
+
+    Layers of one module that are alike (q, k and v; gate and up) come to lie one after another in memory: compiled code
+    that gives them one input makes one call of them (`matgptq.decode`). Moving the model later takes them apart.
 
     Args:
         model: a model with `MatGPTQLinear` layers, on the device that it will run on: packing there is fast.
@@ -232,9 +239,46 @@ def pack(model: nn.Module, *, dtype: torch.dtype | None = None, resident: bool =
         raise ValueError("model must have MatGPTQLinear layers that are not packed yet, got none")
     activations: torch.dtype = model.dtype if dtype is None else dtype  # type: ignore[assignment]
     while layers:
-        name, layer = layers.popitem()  # no reference stays: its memory is there for the next
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, PackedLinear(layer, dtype=activations, resident=resident))
+        parent = next(reversed(layers)).rpartition(".")[0]
+        owner = model.get_submodule(parent)
+        while layers and next(reversed(layers)).rpartition(".")[0] == parent:
+            name, layer = layers.popitem()  # no reference stays: its memory is there for the next
+            setattr(owner, name.rpartition(".")[2], PackedLinear(layer, dtype=activations, resident=resident))
+        _lay_together([child for child in owner.children() if isinstance(child, PackedLinear)])
+
+
+def _lay_together(layers: Iterable[PackedLinear]) -> None:
+    """Move those of ``layers`` that could be one into one memory, one after another, each still a layer of its own."""
+    runs: dict[tuple[Any, ...], list[list[PackedLinear]]] = {}
+    for layer in layers:
+        kind = [(name, t.dtype, t.device, t.shape[1:]) for name, t in layer.named_buffers() if name != "perm"]
+        key = (layer.in_features, layer.group_size, layer.rule, layer.resident, layer.bias is None, *kind)
+        same = runs.setdefault(key, [])
+        if same and same[-1][-1].out_features % TILE == 0 and _same_order(same[-1][-1], layer):
+            same[-1].append(layer)
+        else:
+            same.append([layer])
+    with torch.inference_mode(False), torch.no_grad():
+        for run in itertools.chain.from_iterable(runs.values()):
+            if len(run) > 1:
+                _join(run)
+
+
+def _join(layers: Sequence[PackedLinear]) -> None:
+    first = layers[0]
+    for name, _ in list(first.named_buffers()):
+        parts = [layer.get_buffer(name) for layer in layers]
+        whole = [parts[0]] * len(parts) if name == "perm" else torch.cat(parts).split([len(part) for part in parts])
+        for layer, part in zip(layers, whole, strict=True):
+            setattr(layer, name, part)
+    biases = [layer.bias.data for layer in layers if layer.bias is not None]
+    if biases:
+        for layer, part in zip(layers, torch.cat(biases).split([len(bias) for bias in biases]), strict=True):
+            layer.bias = nn.Parameter(part, False)
+
+
+def _same_order(a: PackedLinear, b: PackedLinear) -> bool:
+    return a.perm is b.perm is None or (a.perm is not None and b.perm is not None and torch.equal(a.perm, b.perm))
 
 
 def warmup(model: nn.Module, tokens: Iterable[int] = (1, 2, 4, 8, 16, 32, 64)) -> None:

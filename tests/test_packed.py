@@ -1,5 +1,6 @@
 """Layers in the kernels' layout say the same as those in the stored one, at every width, and can be stored again."""
 
+import copy
 import itertools
 import weakref
 
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import matgptq
+from matgptq.kernels import op
+from matgptq.kernels.packing import follows
 from matgptq.packed import PackedLinear, pack
 from matgptq.planes import pack_planes
 from matgptq.quantizer.pipeline import quantize
@@ -234,3 +237,115 @@ def test_the_width_can_change_wherever_the_layer_was_made():
     packed.bits = part.bits = 3
     for made in (packed, part, another):
         assert made._width.tolist() == [3, 0]
+
+
+def block(*sizes, perms=None, **options):
+    """Layers of one module with 96 in_features, of these out_features."""
+    torch.manual_seed(0)
+    module = nn.Module()
+    for i, size in enumerate(sizes):
+        made = matgptq.MatGPTQLinear(
+            96, size, True, group_size=options.get("group_sizes", [32] * 9)[i], sym=False, act_order=perms is not None,
+            own_widths=options.get("own", (3,)),
+        )  # fmt: skip
+        made.qweight.random_(0, 255)
+        made.zeros.random_(0, 255)
+        made.bias.data.normal_()
+        for name in ("scales", *(f"scales_{b}" for b in made.own_widths)):
+            getattr(made, name).uniform_(0.01, 0.02)
+        if perms:
+            made.perm.copy_(perms[i])
+        setattr(module, "abcdefghi"[i], made)
+    return module
+
+
+def runs(module):
+    """Names of layers that lie together."""
+    found = []
+    for name, made in module.named_children():
+        if found and follows(module.get_submodule(found[-1][-1]).planes, made.planes):
+            found[-1] += name
+        else:
+            found.append(name)
+    return found
+
+
+ORDER, OTHER = torch.randperm(96), torch.arange(96)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "want"),
+    [
+        ((128, 64, 70), {}, ["abc"]),
+        ((128, 70, 64, 64), {}, ["ab", "cd"]),  # not after rows that leave a tile open
+        ((64, 64, 64), {"group_sizes": (32, 16, 16)}, ["a", "bc"]),
+        ((64, 64, 64), {"perms": (ORDER, ORDER, OTHER)}, ["ab", "c"]),
+    ],
+)
+def test_layers_of_a_module_that_are_alike_lie_together(sizes, options, want):
+    module, stored = block(*sizes, **options), block(*sizes, **options)
+    pack(module, dtype=torch.float16)
+    assert runs(module) == want
+    for bits in (8, 3):
+        for layer, before in zip(module.children(), stored.children(), strict=True):
+            layer.bits = before.bits = bits
+            torch.testing.assert_close(layer(X), before(X), rtol=1e-5, atol=1e-5)
+    memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(module)}
+    assert sum(memory.values()) == sum(t.nbytes for t in {id(t): t for t in tensors(module)}.values())
+    saved = module.state_dict()
+    assert saved.keys() == stored.state_dict().keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in stored.state_dict().items())
+    assert len({t.untyped_storage().data_ptr() for t in saved.values()}) == len(saved)  # a file holds each by itself
+
+
+def tensors(module):
+    return [t for layer in module.children() for t in (*layer.buffers(), *layer.parameters())]
+
+
+def test_layers_that_lie_together_can_be_copied_moved_and_changed():
+    module = block(64, 64)
+    pack(module, dtype=torch.float16)
+    want = module.b(X)
+    twin = copy.deepcopy(module)
+    assert runs(twin) == ["ab"]
+    module.a.planes.zero_()
+    module.a.bias.data.zero_()
+    assert torch.equal(module.b(X), want)
+    assert torch.equal(twin.b(X), want)
+    module.to(torch.device("meta"))
+    assert runs(module) == ["a", "b"]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("resident", [True, False])
+def test_the_op_of_several_layers_gives_what_each_gives(apart, resident, monkeypatch):
+    module = block(128, 64, 70)
+    pack(module, dtype=torch.float16, resident=resident)
+    layers = list(module.children())
+    if apart:
+        layers[1].unit_zeros = layers[1].unit_zeros.clone()
+    calls = []
+    packed_linear = op.packed_linear
+    monkeypatch.setattr(op, "packed_linear", lambda *a, **o: calls.append(o["out_features"]) or packed_linear(*a, **o))
+    for widths in ((8, 8, 8), (3, 3, 3), (8, 4, 4)) if resident else ((8, 8, 8),):
+        for layer, bits in zip(layers, widths, strict=True):
+            layer.bits = bits
+        scales = [[layer.scales_3, layer.scales] if resident else [layer.scales] for layer in layers]
+        arguments = (
+            X.half(),
+            [layer.planes for layer in layers],
+            [tensor for of_layer in scales for tensor in of_layer],
+            [layer.unit_zeros for layer in layers],
+            [layer.bias for layer in layers],
+            [layer._width for layer in layers],
+            96,
+            [128, 64, 70],
+            32,
+            "round",
+            resident,
+        )
+        calls.clear()
+        got = torch.ops.matgptq.packed_linears_at(*arguments)
+        assert calls == ([128, 64, 70] if apart else [128, 134] if widths[0] != widths[1] else [262])
+        assert torch.equal(got, torch.cat([layer(X.half()) for layer in layers], -1))
+        torch.library.opcheck(torch.ops.matgptq.packed_linears_at.default, arguments)

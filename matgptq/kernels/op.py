@@ -1,9 +1,12 @@
 """``torch.ops.matgptq.packed_linear``: the layer in the kernels' layout, by the kernels or, on a CPU, by unpacking.
 
-``packed_linear_at`` is the same with the width in a tensor, for compiled code that serves all widths.
+``packed_linear_at`` is the same with the width in a tensor, for compiled code that serves all widths;
+``packed_linears_at`` is several of these that share ``x``.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -11,7 +14,7 @@ from torch import Tensor
 from ..ops import library, linear_by_pieces
 from ..slicing import MAX_BITS
 from .matmul import bind
-from .packing import unpack, unpack_scales
+from .packing import TILE, follows, joined, unpack, unpack_scales
 
 library.define(
     "packed_linear(Tensor x, Tensor planes, Tensor scales, Tensor? zeros, Tensor? bias, int in_features, "
@@ -21,6 +24,11 @@ library.define(
 library.define(
     "packed_linear_at(Tensor x, Tensor planes, Tensor[] scales, Tensor? zeros, Tensor? bias, Tensor width, "
     "int in_features, int out_features, int group_size, str rule, bool resident) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
+    "packed_linears_at(Tensor x, Tensor[] planes, Tensor[] scales, Tensor[] zeros, Tensor[] biases, Tensor[] widths, "
+    "int in_features, int[] out_features, int group_size, str rule, bool resident) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -160,6 +168,69 @@ def _packed_linear_at_fake(
     return x.new_empty(*x.shape[:-1], out_features)
 
 
+def _packed_linears_at(
+    x: Tensor,
+    planes: list[Tensor],
+    scales: list[Tensor],
+    zeros: list[Tensor],
+    biases: list[Tensor],
+    widths: list[Tensor],
+    in_features: int,
+    out_features: list[int],
+    group_size: int,
+    rule: str,
+    resident: bool,
+) -> Tensor:
+    """`packed_linear_at` of several layers: ``(..., sum(out_features))``, one after another.
+
+    Neighbours that lie one after another in memory and are served at one width are one call of the kernel. ``scales``
+    are as many of each layer, layer by layer; ``zeros`` and ``biases`` are one of each layer, or none.
+    """
+    served = [width.tolist() for width in widths]
+    each = len(scales) // len(planes)
+    chosen = [scales[i * each + index] for i, (_, index) in enumerate(served)]
+    operands = [planes, chosen, zeros, biases]
+
+    def is_next(i: int) -> bool:
+        return (
+            served[i] == served[i - 1]
+            and out_features[i - 1] % TILE == 0
+            and all(follows(tensors[i - 1], tensors[i]) for tensors in operands if tensors)
+        )
+
+    starts = [i for i in range(len(planes)) if i == 0 or not is_next(i)]
+    outputs = []
+    for start, stop in itertools.pairwise([*starts, len(planes)]):
+        parts = [joined(tensors[start:stop]) if tensors else None for tensors in operands]
+        outputs.append(
+            packed_linear(
+                x,
+                *parts,  # type: ignore[arg-type]
+                in_features=in_features,
+                out_features=sum(out_features[start:stop]),
+                bits=served[start][0],
+                group_size=group_size,
+                rule=rule,
+                resident=resident,
+            )
+        )
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+def _packed_linears_at_fake(
+    x: Tensor,
+    planes: list[Tensor],
+    scales: list[Tensor],
+    zeros: list[Tensor],
+    biases: list[Tensor],
+    widths: list[Tensor],
+    in_features: int,
+    out_features: list[int],
+    *rest: int | str | bool,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], sum(out_features))
+
+
 def _packed_linear_cpu(
     x: Tensor,
     planes: Tensor,
@@ -215,3 +286,5 @@ library.impl("packed_linear", _packed_linear_cuda, "CUDA")
 torch.library.register_fake("matgptq::packed_linear", _packed_linear_fake, lib=library)
 library.impl("packed_linear_at", _packed_linear_at, "CompositeExplicitAutograd")
 torch.library.register_fake("matgptq::packed_linear_at", _packed_linear_at_fake, lib=library)
+library.impl("packed_linears_at", _packed_linears_at, "CompositeExplicitAutograd")
+torch.library.register_fake("matgptq::packed_linears_at", _packed_linears_at_fake, lib=library)

@@ -15,6 +15,8 @@ lane ``4 g + t``, word ``r``, at
 read what this writes.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 TILE = 64
@@ -96,6 +98,24 @@ def unpack_scales(packed: torch.Tensor, out_features: int) -> torch.Tensor:
     """What ``pack_scales`` was given."""
     tiles, groups, _ = packed.shape
     return packed.view(tiles, groups, 8, 4, 2).permute(0, 3, 4, 2, 1).reshape(tiles * TILE, groups)[:out_features]
+
+
+def follows(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether ``b`` starts in memory where ``a`` ends, so that both are rows of one tensor (`joined`)."""
+    return (
+        a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        and a.dtype == b.dtype
+        and a.shape[1:] == b.shape[1:]
+        and a.is_contiguous()
+        and b.is_contiguous()
+        and b.storage_offset() == a.storage_offset() + a.numel()
+    )
+
+
+def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The tensor that ``parts`` are the rows of, in their memory; each must `follows` the one before."""
+    first = parts[0]
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 
 
 def _check_bits(bits: int) -> None:
