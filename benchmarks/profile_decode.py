@@ -17,6 +17,8 @@ import torch
 import matgptq
 from matgptq.decode import Decoder
 from matgptq.dummy import model_config, write_dummy
+from matgptq.inductor import step_options
+from matgptq.overlap import OPTION
 
 
 def main() -> None:
@@ -28,6 +30,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--max-length", type=int, default=160)
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    parser.add_argument("--no-join", action="store_true", help="a call for each layer, even where they share an input")
+    parser.add_argument("--no-overlap", action="store_true", help="generated kernels start when all before has ended")
     options = parser.parse_args()
     config = model_config(options.arch)
     config.num_hidden_layers = options.layers
@@ -56,7 +60,12 @@ def profile(folder: Path, bits: int, options: argparse.Namespace) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to("cuda").eval()
     else:
         model = matgptq.load(folder, device="cuda")
+        for layer in matgptq.quantized_layers(model).values() if options.no_join else ():
+            layer.register_buffer("planes", layer.get_buffer("planes").clone())  # no longer beside its neighbours'
     decoder = Decoder(model, batch_size=options.batch_size, max_length=options.max_length, compile=options.compile)
+    if options.compile and options.no_overlap:
+        inductor = {name: value for name, value in step_options(model.device).items() if name != OPTION}
+        decoder._compute = torch.compile(decoder._next, fullgraph=True, dynamic=False, options=inductor)
     ids = torch.randint(3, model.config.vocab_size, (options.batch_size, 32))
     decoder.generate(ids, 8)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

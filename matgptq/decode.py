@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
+from .inductor import step_options
 from .linear import quantized_layers
 from .packed import PackedLinear, warmup
 
@@ -30,7 +31,8 @@ class Decoder:
         batch_size: sequences that are decoded together.
         max_length: most tokens of a sequence, prompt and answer; the cache has this size whatever is in it.
         compile: let ``torch.compile`` fuse what is not a linear layer, without graph breaks: tens of seconds once, for
-            all widths. Fewer and faster kernels at each step.
+            all widths. Fewer and faster kernels at each step. Layers that share an input, lie together (`pack`) and are
+            served at one width are one call.
 
     Raises:
         ValueError: a size is not positive, or ``compile`` is asked for a model with shorter sliding windows.
@@ -59,7 +61,10 @@ class Decoder:
         self._token = torch.zeros(batch_size, 1, dtype=torch.long, device=model.device)
         self._layers = list(quantized_layers(model).values())
         self._open = [m for m in self._layers if isinstance(m, PackedLinear)] if compile else []
-        self._compute = torch.compile(self._next, fullgraph=True, dynamic=False) if compile else self._next
+        options = step_options(model.device) if compile else None
+        self._compute = (
+            torch.compile(self._next, fullgraph=True, dynamic=False, options=options) if compile else self._next
+        )
         self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
 
     def generate(

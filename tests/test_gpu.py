@@ -1,12 +1,17 @@
 """What only a GPU can show: the kernels against the plain op, in layers and whole models, eager and captured."""
 
 import itertools
+import re
 
 import pytest
 import torch
-from test_packed import LAYERS, layer
+from conftest import tiny_model, tiny_tokenizer
+from test_packed import LAYERS, block, layer
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import matgptq
+from matgptq.decode import Decoder
+from matgptq.kernels import op
 from matgptq.packed import PackedLinear, pack, warmup
 from matgptq.quantizer.pipeline import quantize
 
@@ -134,3 +139,78 @@ def test_an_exported_layer_runs_the_kernels():
     exported = torch.export.export(packed, (x,))
     assert any("packed_linear" in str(node.target) for node in exported.graph.nodes)
     assert torch.equal(exported.module()(x), packed(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_in_one_call_give_the_weights_of_each(dtype):
+    module = block(128, 64, 70).cuda()
+    pack(module, dtype=dtype)
+    identity = torch.eye(96, device="cuda", dtype=dtype)
+    layers = list(module.children())
+    for widths in ((8, 8, 8), (4, 4, 4), (3, 3, 3), (8, 4, 4)):
+        for made, bits in zip(layers, widths, strict=True):
+            made.bits = bits
+        got = torch.ops.matgptq.packed_linears_at(
+            identity,
+            [made.planes for made in layers],
+            [tensor for made in layers for tensor in (made.scales_3, made.scales)],
+            [made.unit_zeros for made in layers],
+            [made.bias for made in layers],
+            [made._width for made in layers],
+            96,
+            [128, 64, 70],
+            32,
+            "round",
+            True,
+        )
+        assert torch.equal(got, torch.cat([made(identity) for made in layers], -1))
+
+
+@pytest.fixture(scope="module")
+def whole_tiles(tmp_path_factory):
+    """A folder of a tiny model whose layers fill whole tiles: q, k and v, and gate and up, are joined."""
+    place = tmp_path_factory.mktemp("join")
+    tiny_model(num_key_value_heads=4, intermediate_size=128).half().save_pretrained(place / "dense")
+    tiny_tokenizer().save_pretrained(place / "dense")
+    quantize(place / "dense", place / "nested", matgptq.Method(group_size=16, feedback=False), progress=False)
+    return place / "nested"
+
+
+def test_a_compiled_decoder_makes_one_call_of_layers_that_share_an_input(whole_tiles, monkeypatch):
+    reference = matgptq.load(whole_tiles, dtype=torch.float32)
+    model = matgptq.load(whole_tiles, device="cuda")
+    ids = torch.arange(3, 20).view(1, -1)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    decoder = Decoder(model, max_length=40, compile=True)
+    calls = []
+    packed_linear = op.packed_linear
+    monkeypatch.setattr(op, "packed_linear", lambda *a, **o: calls.append(o["bits"]) or packed_linear(*a, **o))
+    apart = {"*.q_proj": 6, "*": 4}
+    for bits, count in ((8, 8), (4, 8), (apart, 10), (8, 8)):
+        matgptq.set_bits(model, bits)
+        matgptq.set_bits(reference, bits)
+        assert torch.equal(decoder.generate(ids, 12), reference.generate(ids, **options)[:, ids.shape[1] :])
+        calls.clear()
+        with torch.inference_mode():
+            decoder._cache.reset()
+            decoder._advance()
+        assert len(calls) == count
+    assert len(decoder._graphs) == 3
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="needs programmatic dependent launch",
+)
+def test_every_generated_kernel_of_a_step_waits_for_the_one_before(whole_tiles):
+    decoder = Decoder(matgptq.load(whole_tiles, device="cuda"), max_length=40, compile=True)
+    with fresh_cache():
+        _, codes = run_and_get_code(decoder.prepare)
+    pattern = r"async_compile\.triton\(.*?'''(.*?)'''"
+    kernels = [source for code in codes for source in re.findall(pattern, code, re.DOTALL)]
+    assert kernels
+    for source in kernels:
+        assert "'launch_pdl': True" in source
+        body = source[source.index("def triton_") :]
+        assert body.index("gdc_wait()") < min(body.find(access) % len(body) for access in ("tl.load(", "tl.store("))
+        assert body.index("gdc_wait()") < body.index("gdc_launch_dependents()")

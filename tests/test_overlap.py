@@ -1,10 +1,13 @@
 """Graphs that may have a kernel which loads nothing, and so does not wait for the one before."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch._inductor import config
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from matgptq.overlap import OPTION, fills
+from matgptq.overlap import OPTION, SCHEDULER_OPTION, WaitFirst, fills
 
 
 @pytest.mark.parametrize(
@@ -26,8 +29,21 @@ def test_what_may_be_filled(function, may):
     assert fills(graph) is may
 
 
-def test_the_option_is_one_of_inductor():
-    from torch._inductor import config
-
-    with config.patch({OPTION: True}):
+def test_the_options_are_those_of_inductor():
+    with config.patch({OPTION: True, SCHEDULER_OPTION: WaitFirst()}):
         assert config.triton.enable_pdl
+
+
+def test_no_kernel_follows_one_that_the_scheduler_knows():
+    class Scheduler:
+        previous_node = None
+
+    first, other = Scheduler(), Scheduler()
+    nodes = [SimpleNamespace(scheduler=first)] * 2
+    assert WaitFirst()(nodes) is nodes
+    first.previous_node = other.previous_node = "a kernel"
+    assert first.previous_node is None
+    assert other.previous_node == "a kernel"
+    with config.patch({OPTION: True}):
+        WaitFirst()([SimpleNamespace(scheduler=SimpleNamespace())])
+        assert not config.triton.enable_pdl
