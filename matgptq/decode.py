@@ -134,7 +134,9 @@ class Decoder:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(2):  # the first call makes the cache, and compiles
+            if not self._graphs:
+                self._next(self._token)  # makes the cache: what is compiled without it is compiled again with it
+            for _ in range(2):  # the first call compiles
                 self._cache.reset()
                 self._advance()
         torch.cuda.current_stream().wait_stream(side)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
 from test_packed import LAYERS, block, layer
+from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import matgptq
@@ -181,6 +182,8 @@ def test_a_compiled_decoder_makes_one_call_of_layers_that_share_an_input(whole_t
     model = matgptq.load(whole_tiles, device="cuda")
     ids = torch.arange(3, 20).view(1, -1)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    torch._dynamo.reset()
+    counters.clear()
     decoder = Decoder(model, max_length=40, compile=True)
     calls = []
     packed_linear = op.packed_linear
@@ -196,6 +199,7 @@ def test_a_compiled_decoder_makes_one_call_of_layers_that_share_an_input(whole_t
             decoder._advance()
         assert len(calls) == count
     assert len(decoder._graphs) == 3
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.skipif(
