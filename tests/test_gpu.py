@@ -180,7 +180,7 @@ def whole_tiles(tmp_path_factory):
 def test_a_compiled_decoder_makes_one_call_of_layers_that_share_an_input(whole_tiles, monkeypatch):
     reference = matgptq.load(whole_tiles, dtype=torch.float32)
     model = matgptq.load(whole_tiles, device="cuda")
-    ids = torch.arange(3, 20).view(1, -1)
+    ids = torch.arange(23, 40).view(1, -1)  # no other token is within 0.13 of the likeliest at any step
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     torch._dynamo.reset()
     counters.clear()
