@@ -8,8 +8,7 @@ such places a layer.
 Each kernel then waits for the one before it alone, so every kernel in the chain must wait: what follows a kernel that
 did not could start before the work ahead of that is done. Inductor's kernels wait before they write and before they
 read what the kernel before wrote, save those that load nothing at all, which only fill a tensor with constants, and
-save what the kernel before wrote in place. `WaitFirst` has all of them wait, before anything else. Where it cannot be
-asked for, `fills` finds graphs that may have a kernel of constants; for them the option is to be left off.
+save what the kernel before wrote in place. `WaitFirst` has all of them wait, before anything else.
 """
 
 from __future__ import annotations
@@ -18,30 +17,11 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, fx
 from torch._inductor import config, custom_graph_pass
-from torch.utils import _pytree as pytree
 
 logger = logging.getLogger(__name__)
 
 OPTION, SCHEDULER_OPTION = "triton.enable_pdl", "_post_fusion_custom_pass"  # of torch._inductor.config
-_NO_KERNEL = {"empty", "empty_strided", "empty_permuted", "empty_like", "new_empty", "new_empty_strided"}
-
-
-def fills(graph: fx.Graph) -> bool:
-    """Whether Inductor may fill a tensor with constants in a kernel of its own.
-
-    A tensor that follows from no other is no kernel where only elementwise operations take it: it becomes part of
-    theirs. Where anything else does, or it is a result of the graph, it may be one.
-    """
-    constants: set[fx.Node] = set()
-    for node in graph.nodes:
-        sources = [source for source in node.all_input_nodes if _has_tensors(source)]
-        if node.op != "call_function" or _name(node) in _NO_KERNEL or not _has_tensors(node):
-            continue
-        if _name(node).endswith("_like") or _name(node).startswith("new_") or constants.issuperset(sources):
-            constants.add(node)
-    return any(user not in constants and not _elementwise(user) for node in constants for user in node.users)
 
 
 _Pass: Any = getattr(custom_graph_pass, "CustomSchedulerPass", object)  # torch 2.11 has none, and asks for none
@@ -67,19 +47,6 @@ class WaitFirst(_Pass):  # type: ignore[misc]
                 config.triton.enable_pdl = False
         return nodes
 
-    def uuid(self) -> Any:
+    def uuid(self) -> str:
         """What compiled code is cached by."""
-        return custom_graph_pass.get_hash_for_files((__file__,))
-
-
-def _name(node: fx.Node) -> str:
-    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
-
-
-def _has_tensors(node: fx.Node) -> bool:
-    return "val" not in node.meta or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node.meta["val"]))
-
-
-def _elementwise(node: fx.Node) -> bool:
-    tags: Any = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags
+        return custom_graph_pass.get_hash_for_files((__file__,)).hex()

@@ -13,6 +13,7 @@ from torch import nn
 import matgptq
 import vllm_matgptq.linear
 from matgptq.config import QuantConfig
+from matgptq.overlap import WaitFirst
 from matgptq.planes import pack_planes
 from vllm_matgptq import MatGPTQConfig, engine_args
 from vllm_matgptq.linear import FusedLinear, MatGPTQLinearMethod
@@ -227,27 +228,24 @@ def test_vllm_finds_the_entry_point():
     assert out.splitlines()[-1] == "vllm_matgptq.config vllm_matgptq.config"
 
 
-def test_launches_overlap_unless_a_graph_fills_tensors(monkeypatch):
-    import vllm_matgptq.overlap as overlap
+def test_compiled_kernels_overlap_with_ours_from_hopper_on(monkeypatch):
+    from vllm.config import CompilationConfig
 
     def options(**asked):
-        config = SimpleNamespace(compilation_config=SimpleNamespace(inductor_compile_config=dict(asked)))
-        overlap.overlap_launches(config)
-        return config.compilation_config.inductor_compile_config
+        config = SimpleNamespace(compilation_config=CompilationConfig(inductor_compile_config=asked))
+        before = config.compilation_config.compute_hash()
+        vllm_matgptq.linear.overlap_launches(config)
+        found = config.compilation_config.inductor_compile_config
+        assert (config.compilation_config.compute_hash() == before) == ("triton.enable_pdl" not in found or bool(asked))
+        return {name: found.get(name) for name in ("triton.enable_pdl", "_post_fusion_custom_pass")}
 
-    assert options() == {}  # no GPU
-    monkeypatch.setattr(overlap, "current_platform", SimpleNamespace(is_cuda=lambda: True, pass_key="a_pass"))
+    nothing = {"triton.enable_pdl": None, "_post_fusion_custom_pass": None}
+    assert options() == nothing  # no GPU
+    monkeypatch.setattr(vllm_matgptq.linear, "current_platform", SimpleNamespace(is_cuda=lambda: True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert options() == {}
+    assert options() == nothing
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert options(**{"triton.enable_pdl": False}) == {"triton.enable_pdl": False}
-    assert options(a_pass=1) == {"a_pass": 1}
+    assert options(**{"triton.enable_pdl": False})["triton.enable_pdl"] is False
     found = options()
     assert found["triton.enable_pdl"] is True
-    for function, stays in ((lambda x: x + 1, True), (lambda x: x @ torch.ones(8, 3), False)):
-        graph = torch.fx.experimental.proxy_tensor.make_fx(function, tracing_mode="fake")(torch.randn(4, 8)).graph
-        with torch._inductor.config.patch({"triton.enable_pdl": True}):
-            found["a_pass"](graph)
-            assert torch._inductor.config.triton.enable_pdl is stays
-        assert not torch._inductor.config.triton.enable_pdl
-    assert found["a_pass"].uuid() == overlap.Guard().uuid()
+    assert isinstance(found["_post_fusion_custom_pass"], WaitFirst)

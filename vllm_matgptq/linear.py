@@ -22,15 +22,16 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.platforms import current_platform
 
 from matgptq.kernels.matmul import buckets, warmup
 from matgptq.kernels.packing import TILE
 from matgptq.kernels.tiles import can_implement
 from matgptq.linear import MatGPTQLinear
+from matgptq.overlap import OPTION, SCHEDULER_OPTION, WaitFirst
 from matgptq.packed import PackedLinear
 from matgptq.slicing import MAX_BITS, MIN_BITS
 
-from .overlap import overlap_launches
 from .shards import Shard
 
 if TYPE_CHECKING:
@@ -318,6 +319,15 @@ def check_cut(name: str, in_features: int, part: int, group_size: int) -> None:
             f"tensor_parallel_size must be one of {', '.join(map(str, sizes)) or 'none'} for {name}, whose "
             f"{in_features} in_features are stored in groups of {group_size}, got {in_features // part}"
         )
+
+
+def overlap_launches(vllm_config: Any) -> None:
+    """Have the kernels that vLLM compiles overlap with ours (`matgptq.overlap`), unless the user has set the option."""
+    if not current_platform.is_cuda() or torch.cuda.get_device_capability()[0] < 9:
+        return
+    options: dict[str, Any] = vllm_config.compilation_config.inductor_compile_config
+    if OPTION not in options and SCHEDULER_OPTION not in options:
+        options |= {OPTION: True, SCHEDULER_OPTION: WaitFirst()}
 
 
 def token_counts(vllm_config: Any) -> list[int]:
