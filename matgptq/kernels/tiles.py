@@ -96,9 +96,10 @@ def inbox_offset(problem: Problem, config: Config) -> int:
 
 
 def shared_bytes(problem: Problem, config: Config) -> int:
-    """Dynamic shared memory of a block; its inbox takes partial sums of its share from each block of the cluster."""
+    """Dynamic shared memory of a block; its inbox takes partial sums of its share from each block of the cluster, and a
+    barrier."""
     share = -(-min(problem.M, config.tokens) * config.rows // config.splits)
-    return inbox_offset(problem, config) + (4 * config.splits * share if config.splits > 1 else 0)
+    return inbox_offset(problem, config) + (16 + 4 * config.splits * share if config.splits > 1 else 0)
 
 
 def grid(problem: Problem, config: Config) -> tuple[int, int, int]:
