@@ -132,15 +132,17 @@ def check_decoding(checks: Checks) -> None:
     cases = list(itertools.product(range(2, 9), DTYPES, ("round", "prefix"), (False, True)))
     warmup(
         [
-            problem_of({"N": N, "K": K, "bits": b, "dtype": d, "group_size": 64, "rule": r, "resident": h}, K)
-            for b, d, r, h in cases
+            problem_of({"N": N, "K": K, "bits": b, "dtype": d, "group_size": 64, "rule": r, "resident": h}, M)
+            for (b, d, r, h), M in itertools.product(cases, (2, K))
         ]
     )
     for bits, dtype, rule, resident in cases:
         layer = Layer(N, K, bits, dtype, 64, rule, resident)
-        y = layer(torch.eye(K, device="cuda", dtype=DTYPES[dtype]))
-        wrong = float((layer.weight.to(DTYPES[dtype]) != y.T).float().mean())
-        checks.expect(wrong == 0, f"one-hot {bits=} {dtype} {rule} {resident=}: {wrong:.3f} differ")
+        for M in (2, K):
+            one_hot = torch.eye(K, device="cuda", dtype=DTYPES[dtype]).split(M)
+            y = torch.cat([layer(x) for x in one_hot])
+            wrong = float((layer.weight.to(DTYPES[dtype]) != y.T).float().mean())
+            checks.expect(wrong == 0, f"one-hot {bits=} {dtype} {rule} {resident=} {M=}: {wrong:.3f} differ")
         checks.expect(
             torch.equal(unpack(layer.planes, N, K) >> (8 - bits if resident else 0), layer.slices)
             or (resident and rule == "round"),
@@ -165,7 +167,8 @@ def product_cases(quick: bool) -> Iterator[tuple[dict[str, Any], int]]:
     holds = ((False, "round"), (True, "round"), (True, "prefix"))
     many = 0
     for dtype, bits in itertools.product(DTYPES, (2, 4, 7) if quick else range(2, 9)):
-        for group_size, zeros, (resident, rule) in itertools.product((-1, 16, 48, 32, 64, 128), (False, True), holds):
+        group_sizes = (-1, 16, 48, 32, 64, 96, 128)
+        for group_size, zeros, (resident, rule) in itertools.product(group_sizes, (False, True), holds):
             layer = {
                 "N": 192,
                 "K": 1152,
@@ -178,6 +181,7 @@ def product_cases(quick: bool) -> Iterator[tuple[dict[str, Any], int]]:
                 "bias": True,
             }
             yield layer, 5
+            yield layer, 1 + many % 2  # few.cu, from groups of 64 on
             many += 1
             yield layer, (40, 120, 300)[many // 3 % 3]  # hopper.cu, where there is one
     shapes = [
@@ -192,7 +196,7 @@ def product_cases(quick: bool) -> Iterator[tuple[dict[str, Any], int]]:
         (1000, 14336),
         (130, 33024),
     ]
-    for (N, K), bits, M in itertools.product(shapes, (2, 3, 4, 6, 8), (1, 3, 16, 33, 130, 257, 1000)):
+    for (N, K), bits, M in itertools.product(shapes, (2, 3, 4, 6, 8), (1, 2, 3, 16, 33, 130, 257, 1000)):
         yield {"N": N, "K": K, "bits": bits, "group_size": 16 if K % 64 else 64}, M
     # Every family of hopper.cu's tiles that `choose` takes, with all ways of holding weights.
     for (N, K), M in itertools.product(((4096, 4096), (28672, 1024), (4096, 14336)), (17, 24, 48, 200, 512)):
@@ -215,22 +219,39 @@ def check_products(checks: Checks, quick: bool) -> None:
     for options, M in cases:
         layer = Layer(**options)
         checks.close(layer, tokens(M, options["K"], options.get("dtype", "float16")), f"{options} {M=}")
-    for bits, dtype in itertools.product((2, 3, 4, 8), DTYPES):
-        layer = Layer(256, 2048, bits, dtype)
-        checks.close(layer, tokens(8, 2048, dtype) * 300, f"large x {bits=} {dtype}")
-        checks.close(layer, tokens(8, 2048, dtype) + 3, f"shifted x {bits=} {dtype}")
+    check_unusual_activations(checks)
+
+
+def check_unusual_activations(checks: Checks) -> None:
+    """Products with large, shifted, small, subnormal and uneven activations; NaN and Inf spoil their row alone."""
+    cases = list(itertools.product((2, 3, 4, 8), DTYPES, (2, 8)))
+    warmup([problem_of({"N": 256, "K": 2048, "bits": bits, "dtype": dtype}, M) for bits, dtype, M in cases])
+    for bits, dtype, M in cases:
+        layer, x = Layer(256, 2048, bits, dtype), tokens(M, 2048, dtype)
+        uneven = torch.where(torch.arange(2048, device="cuda") % 700 == 5, x * 1000, x)
+        kinds = {"large": x * 300, "shifted": x + 3, "uneven": uneven}
         if dtype == "bfloat16":
-            checks.close(layer, tokens(8, 2048, dtype) * 1e-5, f"small x {bits=} {dtype}")
-        x = (torch.randint(-60, 60, (4, 2048), device="cuda") * 2.0**-24).to(DTYPES[dtype])  # fp16 subnormals
-        got, want = layer(x).double(), layer.reference(x)
+            kinds |= {"small": x * 1e-5, "tiny": x * 1e-25, "huge": x * 1e25}
+        for name, changed in kinds.items():
+            checks.close(layer, changed, f"{name} x {bits=} {dtype} {M=}")
+        subnormal = (torch.randint(-60, 60, (M, 2048), device="cuda") * 2.0**-24).to(DTYPES[dtype])
+        got, want = layer(subnormal).double(), layer.reference(subnormal)
         checks.expect(
-            bool((got - want).abs().max() <= want.abs().max() * 2**-8 + 2.0**-25), f"subnormals {bits=} {dtype}"
+            bool((got - want).abs().max() <= want.abs().max() * 2**-8 + 2.0**-25), f"subnormals {bits=} {dtype} {M=}"
         )
+        y = layer(x)
+        for value, row in itertools.product((float("nan"), float("inf"), -float("inf")), (0, 1)):
+            bad = x.clone()
+            bad[row, 777] = value
+            got = layer(bad)
+            others = [m for m in range(M) if m != row]
+            apart = not got[row].isfinite().any() and torch.equal(got[others], y[others])
+            checks.expect(bool(apart), f"{value} in row {row} {bits=} {dtype} {M=}")
 
 
 def check_older_gpus(checks: Checks) -> None:
     """The tiles of GPUs without clusters or programmatic launches, run on this one."""
-    for sm, bits, M in itertools.product((80, 86), (2, 4, 7), (1, 9, 40)):
+    for sm, bits, M in itertools.product((80, 86), (2, 4, 7), (1, 2, 9, 40)):
         options: dict[str, Any] = {"N": 320, "K": 2048, "bits": bits, "resident": bits == 4, "zeros": bits == 7}
         layer, x, here = Layer(**options), tokens(M, 2048, "float16"), problem_of(options, M)
         launcher = make_launcher(here, choose(replace(here, sm=sm)), 0, programmatic=False)
@@ -244,7 +265,7 @@ def check_older_gpus(checks: Checks) -> None:
 
 def check_determinism(checks: Checks) -> None:
     """The same bits again, and a row's whatever the other rows hold."""
-    for bits, M, (N, K) in itertools.product((2, 4, 8), (1, 5, 16, 40, 100, 600), ((512, 4096), (4096, 4096))):
+    for bits, M, (N, K) in itertools.product((2, 4, 8), (1, 2, 5, 16, 40, 100, 600), ((512, 4096), (4096, 4096))):
         layer, x = Layer(N, K, bits), tokens(M, K, "float16")
         first = layer(x)
         checks.expect(all(torch.equal(layer(x), first) for _ in range(5)), f"same bits again {bits=} {M=} {N}x{K}")
@@ -255,7 +276,7 @@ def check_determinism(checks: Checks) -> None:
 
 def check_graph(checks: Checks) -> None:
     """Chained layers in a CUDA graph, with programmatic launches between ours and torch's kernels between."""
-    for M in (4, 40, 300):
+    for M in (1, 4, 40, 300):
         check_graph_of(checks, M)
 
 

@@ -26,6 +26,10 @@ CASES = [  # bits, M, N, K, group_size, zeros, resident
     (2, 64, 28672, 256, 128, False, True),
     (4, 512, 17000, 256, 64, False, False),
     (4, 520, 512, 8192, 128, True, False),
+    # few.cu: several chunks of x, ragged N and K, all kinds of weights
+    (2, 2, 4096, 8192, 128, False, False),
+    (3, 1, 200, 4128, 32, True, True),
+    (8, 2, 130, 1168, -1, False, False),
 ]
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from matgptq.kernels import nvrtc
 from matgptq.kernels.problem import Problem
-from matgptq.kernels.tiles import architecture, choose, defines, linear_choice
+from matgptq.kernels.tiles import architecture, choose, defines, few_choice, linear_choice
 
 SHAPES = [(2048, 2048), (8192, 8192), (28672, 4096), (16384, 16384)]
-# All shapes where the tiles were measured, one elsewhere: about 1000 variants at 0.2 s each.
+# All shapes where the tiles were measured, one elsewhere: about 1600 variants at 0.2 s each.
 ARCHITECTURES = {
     "sm_80": (80, SHAPES[1:2]),
     "sm_86": (86, SHAPES[1:2]),
@@ -25,6 +25,7 @@ KINDS = [
     {"zeros": True},
     {"group_size": 16, "zeros": True},
 ]
+FEW_KINDS = [*KINDS[:4], {"group_size": -1}, {"group_size": 64}, {"group_size": 64, "zeros": True, "resident": True}]
 NO_SPILLS = ", 0 bytes spill stores, 0 bytes spill loads"
 
 
@@ -59,6 +60,21 @@ def test_variants_compile_without_spills(arch, compilers):
     ):
         problem = Problem(M, N, K, bits, dtype, sm=sm, **kind)
         variants.setdefault((tuple(defines(problem, linear_choice(problem)).items()), arch), problem)
+    check_logs(variants, compilers)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_few_variants_compile_without_spills(arch, compilers):
+    sm, shapes = ARCHITECTURES[arch]
+    variants = {}
+    for bits, M, (N, K), dtype, kind in itertools.product(
+        range(2, 9), (1, 2), (*shapes, (4096, 4096), (6144, 4096)), ("float16", "bfloat16"), FEW_KINDS
+    ):
+        problem = Problem(M, N, K, bits, dtype, sm=sm, **kind)
+        config = few_choice(problem)
+        if config:
+            variants.setdefault((tuple(defines(problem, config).items()), arch), problem)
+    assert variants
     check_logs(variants, compilers)
 
 

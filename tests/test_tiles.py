@@ -13,6 +13,7 @@ from matgptq.kernels.tiles import (
     architecture,
     choose,
     defines,
+    few_choice,
     grid,
     inbox_offset,
     linear_choice,
@@ -36,21 +37,25 @@ SHAPES = [
 @pytest.mark.parametrize("sm", [80, 86, 89, 90, 100, 120])
 def test_choose_covers_every_problem(sm):
     ways = [(False, "round"), (True, "round"), (True, "prefix")]
-    for (N, K), bits, M, (resident, rule) in itertools.product(SHAPES, range(2, 9), (1, 3, 8, 16, 17, 64, 500), ways):
+    for (N, K), bits, M, (resident, rule) in itertools.product(
+        SHAPES, range(2, 9), (1, 2, 3, 8, 16, 17, 64, 500), ways
+    ):
         for group_size, zeros in itertools.product((-1, 16, 48, 32, 64, 128), (False, True)):
             if group_size > 0 and K % group_size:
                 continue
             problem = Problem(M, N, K, bits, "float16", group_size, resident, rule, zeros, sm)
-            config = linear_choice(problem)
+            few = few_choice(problem)
+            assert few is None or (M <= 2 and few.few)
             if M <= 16 or sm != 90:
-                assert choose(problem) == config
-            assert supports(config, problem), (problem, config)
-            blocks = grid(problem, config)
-            assert blocks[0] == config.splits
-            assert blocks[1] * config.tokens >= M
-            assert blocks[2] * config.rows >= N
-            assert inbox_offset(problem, config) % 16 == 0
-            assert shared_bytes(problem, config) <= 227 * 1024
+                assert choose(problem) == (few or linear_choice(problem))
+            for config in filter(None, (few, linear_choice(problem))):
+                assert supports(config, problem), (problem, config)
+                blocks = grid(problem, config)
+                assert blocks[0] == config.splits
+                assert blocks[1] * config.tokens >= M
+                assert blocks[2] * config.rows >= N
+                assert inbox_offset(problem, config) % 16 == 0
+                assert shared_bytes(problem, config) <= 227 * 1024
 
 
 def test_hopper_covers_every_problem_of_many_tokens():
@@ -73,6 +78,9 @@ def test_hopper_covers_every_problem_of_many_tokens():
 
 
 def test_tokens_choose_the_kernel():
+    assert [few_choice(Problem(M, 8192, 8192, 4)) is not None for M in (1, 2, 3)] == [True, True, False]
+    assert few_choice(Problem(1, 8192, 8192, 4, group_size=32)) is None
+    assert defines(Problem(1, 8192, 8192, 4), choose(Problem(1, 8192, 8192, 4)))["KERNEL"] == "few"
     assert isinstance(choose(Problem(16, 8192, 8192, 4)), Config)
     assert isinstance(choose(Problem(17, 8192, 8192, 4)), HopperConfig)
     assert isinstance(choose(Problem(1000, 8192, 8192, 4, sm=80)), Config)

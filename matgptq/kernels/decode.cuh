@@ -20,7 +20,7 @@
 //     bits >= 5:  (S << (8-bits)) - 128
 //
 // Fields are shifted towards the top of the mantissa where that is cheap: a base much above the codes costs precision of
-// the fp32 sums.
+// the fp32 sums. (`Bytes` makes operands of integer MMAs, which need no base.)
 #pragma once
 
 using uint32_t = unsigned int;
@@ -60,6 +60,11 @@ struct Half {
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
   }
+  static __device__ uint32_t max2(uint32_t a, uint32_t b) {  // NaN wins
+    uint32_t d;
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+  }
   static __device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -94,6 +99,11 @@ struct BFloat {
   static __device__ uint32_t mul2(uint32_t a, uint32_t b) {
     uint32_t d;
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+  }
+  static __device__ uint32_t max2(uint32_t a, uint32_t b) {  // NaN wins
+    uint32_t d;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
   }
   static __device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -205,35 +215,49 @@ __device__ __forceinline__ uint32_t byte_pair(uint32_t word) {
   return __byte_perm(word, 0x64646464u, Parity ? 0x4341 : 0x4240);
 }
 
+// One unit's words, A[0], A[1], then the further planes, with Round the last of them the bit below the served width: the nibbles
+// of step s = 2j + l, the upper four bits of every code and the lower four. What a code lacks is anything in `high`, 0 in `low`.
+template <int Bits, bool Round>
+struct Nibbles {
+  uint32_t top[2], plane[6] = {};
+
+  __device__ __forceinline__ explicit Nibbles(const uint32_t (&words)[Bits + Round]) : top{words[0], words[1]} {
+#pragma unroll
+    for (int i = 0; i < Bits - 2; ++i) plane[i] = words[2 + i];
+    if constexpr (Round) round_planes<Bits - 2>(top, plane, words[Bits]);
+  }
+  __device__ __forceinline__ uint32_t high(int s) const {
+    return merge_pairs(s % 2, top[s / 2], merge_planes<(Bits > 3)>(s / 2, plane[0], plane[1]));
+  }
+  __device__ __forceinline__ uint32_t low(int s) const {
+    const uint32_t upper = merge_planes<(Bits > 5)>(s / 2, plane[2], plane[3]);
+    const uint32_t nibbles = merge_pairs<(Bits > 6)>(s % 2, upper, merge_planes<(Bits > 7)>(s / 2, plane[4], plane[5]));
+    return Bits < 8 ? nibbles & (0x11111111u * (0xFu & ~((1u << (8 - Bits)) - 1))) : nibbles;
+  }
+};
+
 template <typename T, int Bits, bool Round>
 struct Decoder {
   static constexpr bool kFp16 = T::kMantissa == 10;
   static constexpr bool kCentred = Bits > 4 && !kFp16;  // operands without a base
 
-  // One unit's words -> the A operands of its four MMA steps. `words` holds A[0], A[1], then the further planes; with Round
-  // the last of them is the bit below the served width.
+  // One unit's words -> the A operands of its four MMA steps.
   static __device__ __forceinline__ void decode(const uint32_t (&words)[Bits + Round], uint32_t (*operand)[4]) {
-    uint32_t top[2] = {words[0], words[1]};
-    uint32_t plane[6] = {};
-#pragma unroll
-    for (int i = 0; i < Bits - 2; ++i) plane[i] = words[2 + i];
-    if constexpr (Round) round_planes<Bits - 2>(top, plane, words[Bits]);
+    const Nibbles<Bits, Round> unit(words);
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
-      const int j = s / 2, l = s % 2;
       uint32_t(&a)[4] = operand[s];
       if constexpr (Bits == 2) {
-        if (l == 0) Layout<T>::Odd::get(top[j], a);
-        else Layout<T>::Even::get(top[j], a);
+        if (s % 2 == 0) Layout<T>::Odd::get(unit.top[s / 2], a);
+        else Layout<T>::Even::get(unit.top[s / 2], a);
         continue;
       }
-      const uint32_t high = merge_pairs(l, top[j], merge_planes<(Bits > 3)>(j, plane[0], plane[1]));
+      const uint32_t high = unit.high(s);
       if constexpr (Bits <= 4) {
         Layout<T>::template Nibbles<Bits>::get(high, a);
         continue;
       }
-      uint32_t low = merge_pairs<(Bits > 6)>(l, merge_planes<(Bits > 5)>(j, plane[2], plane[3]), merge_planes<(Bits > 7)>(j, plane[4], plane[5]));
-      if constexpr (Bits < 8) low &= 0x11111111u * (0xFu & ~((1u << (8 - Bits)) - 1));
+      const uint32_t low = unit.low(s);
       if constexpr (kFp16) {
         const uint32_t odd = select(0xF0F0F0F0u, high, low >> 4), even = select(0xF0F0F0F0u, high << 4, low);
         a[0] = byte_pair<0>(even), a[1] = byte_pair<0>(odd), a[2] = byte_pair<1>(even), a[3] = byte_pair<1>(odd);
@@ -259,5 +283,40 @@ struct Decoder {
     } else {
       a[0] = a[1] = a[2] = a[3] = kFp16 ? packed_integer<Half>(1024 + 128, true) : 0;
     }
+  }
+};
+
+// One unit's words -> the A operands of its m16n8k32 steps j = 0, 1, of unsigned bytes: those of the codes' upper nibbles and,
+// from 5 bits on, those of their lower ones. Registers c = 2l + h; byte u + 2v of a register is k 32j + 16l + 8u + 2t + v.
+//
+// A nibble stands for itself, its missing bits 0; at 2 bits a code stands for itself where l = 1 and for four times itself
+// where l = 0. Row g + 8 stands for 16 times that plus what row g does: its nibbles are the upper ones of the bytes, and
+// what is below them is left on and comes off the sums.
+template <int Bits, bool Round>
+struct Bytes {
+  static constexpr int kOperands = Bits > 4 ? 2 : 1;
+  static constexpr uint32_t kMiddle = Bits == 2 ? 0xAAAAAAAAu : 0x88888888u;
+
+  static __device__ __forceinline__ void decode(const uint32_t (&words)[Bits + Round], uint32_t (&operand)[2][kOperands][4]) {
+    const Nibbles<Bits, Round> unit(words);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      set(s, operand[s / 2][0], Bits == 2 ? unit.top[s / 2] : unit.high(s));
+      if constexpr (Bits > 4) {
+        const uint32_t low = unit.low(s);
+        operand[s / 2][1][s % 2 * 2] = low & 0x0F0F0F0Fu, operand[s / 2][1][s % 2 * 2 + 1] = low;
+      }
+    }
+  }
+
+  // The operand of the upper nibbles if every code were the middle of the range.
+  static __device__ __forceinline__ void middle(uint32_t (&operand)[4]) { set(0, operand, kMiddle), set(1, operand, kMiddle); }
+
+ private:
+  // Step s's half of an operand.
+  static __device__ __forceinline__ void set(int s, uint32_t (&operand)[4], uint32_t nibbles) {
+    constexpr uint32_t kMissing = Bits == 3 ? 0x11111111u : 0;
+    const uint32_t mask = Bits > 2 ? ~kMissing : s % 2 == 0 ? 0xCCCCCCCCu : 0x33333333u;
+    operand[s % 2 * 2] = nibbles & mask & 0x0F0F0F0Fu, operand[s % 2 * 2 + 1] = nibbles & mask;
   }
 };

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 _FOLDER = Path(__file__).parent
-_HEADERS = (_FOLDER / "decode.cuh",)
+_HEADERS = (_FOLDER / "decode.cuh", _FOLDER / "stream.cuh")
 _OPTIONS = ("--std=c++17", "--ptxas-options=-v")
 
 

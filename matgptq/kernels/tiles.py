@@ -3,6 +3,7 @@
 ``choose(problem)`` is pure and total over what ``can_implement`` accepts. Thresholds name their GPU and date.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from . import hopper
@@ -18,7 +19,7 @@ _SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of a launch; the macros of linear.cu, then what is decided at launch."""
+    """Tile of a launch; the macros of linear.cu and few.cu, then what is decided at launch, and which of them it is."""
 
     token_tiles: int
     row_tiles: int
@@ -29,6 +30,7 @@ class Config:
     blocks: int
     splits: int
     chunk_tiles: int
+    few: bool = False
 
     @property
     def threads(self) -> int:
@@ -43,7 +45,7 @@ class Config:
     @property
     def tokens(self) -> int:
         """Tokens of a block."""
-        return 8 * self.token_tiles
+        return 2 if self.few else 8 * self.token_tiles
 
     def split_tiles(self, problem: Problem) -> int:
         """k tiles of one of ``splits`` blocks, in whole turns."""
@@ -66,7 +68,7 @@ def defines(problem: Problem, config: AnyConfig) -> dict[str, str]:
     if isinstance(config, HopperConfig):
         return {"KERNEL": "hopper", **of_problem, **hopper.defines(problem, config)}
     return {
-        "KERNEL": "linear",
+        "KERNEL": "few" if config.few else "linear",
         **of_problem,
         "TOKEN_TILES": str(config.token_tiles),
         "ROW_TILES": str(config.row_tiles),
@@ -89,16 +91,18 @@ def inbox_offset(problem: Problem, config: Config) -> int:
     part = next(k for k in (turn, 64, 32, 16) if max(problem.group_size, 0) % k == 0)
     slabs = config.turn_tiles * problem.planes + turn // part * (3 if problem.zeros else 1)
     ring = config.warps_n * config.warps_k * config.stages * config.row_tiles * slabs * 512
-    chunks = 2 if config.split_tiles(problem) > config.chunk_tiles else 1
-    x = chunks * min(problem.M, config.tokens) * config.chunk_tiles * TILE * 2
+    chunk = min(problem.M, config.tokens) * config.chunk_tiles * TILE  # values of x
+    chunk_bytes = -(-(3 * chunk + 4 * chunk // part) // 16) * 16 if config.few else 2 * chunk
+    x = chunk_bytes * (2 if config.split_tiles(problem) > config.chunk_tiles else 1)
     partial = config.warps_k * config.tokens * (config.rows + 4) * 4
     return max(ring + x, partial)
 
 
 def shared_bytes(problem: Problem, config: Config) -> int:
-    """Dynamic shared memory of a block; its inbox takes partial sums of its share from each block of the cluster."""
+    """Dynamic shared memory of a block; its inbox takes partial sums of its share from each block of the cluster, and a
+    barrier."""
     share = -(-min(problem.M, config.tokens) * config.rows // config.splits)
-    return inbox_offset(problem, config) + (4 * config.splits * share if config.splits > 1 else 0)
+    return inbox_offset(problem, config) + (16 + 4 * config.splits * share if config.splits > 1 else 0)
 
 
 def grid(problem: Problem, config: Config) -> tuple[int, int, int]:
@@ -116,11 +120,19 @@ def supports(config: AnyConfig, problem: Problem) -> bool:
     return (
         shared_bytes(problem, config) <= limit
         and config.chunk_tiles % turn_of_all == 0
-        and (config.chunk_tiles >= split_tiles or config.chunk_tiles >= config.stages * turn_of_all)
+        and _chunk_fits(config, problem)
         and 1 <= config.splits <= (MAX_SPLITS if problem.sm >= 90 else 1)
         and (config.splits - 1) * split_tiles < problem.k_tiles  # no block without work
         and config.threads * config.blocks <= (2048 if problem.sm in (80, 87, 90, 100, 103) else 1536)
     )
+
+
+def _chunk_fits(config: Config, problem: Problem) -> bool:
+    """Whether a chunk of x is of a size that the kernel can work with."""
+    if config.few:
+        return 4 * config.chunk_tiles * min(problem.M, config.tokens) <= config.threads
+    whole = config.chunk_tiles >= config.split_tiles(problem)
+    return whole or config.chunk_tiles >= config.stages * config.warps_k * config.turn_tiles
 
 
 def choose(problem: Problem) -> AnyConfig:
@@ -128,7 +140,42 @@ def choose(problem: Problem) -> AnyConfig:
     able, reason = can_implement(problem)
     if not able:
         raise ValueError(reason)
-    return hopper.choose(problem) or linear_choice(problem)
+    return hopper.choose(problem) or few_choice(problem) or linear_choice(problem)
+
+
+def few_choice(problem: Problem) -> Config | None:
+    """The tile of few.cu for a problem; None where linear.cu is the better kernel, or the only one."""
+    if problem.M > 2 or (problem.group_size > 0 and problem.group_size % 64):
+        return None
+    return next((config for config in _few_tiles(problem) if _fits(config, problem)), None)
+
+
+def _few_tiles(p: Problem) -> Iterator[Config]:
+    """The best tile and what to take where it does not fit, measured as `_preferred`'s, for M = 1 and 2."""
+    planes, rows, long = p.planes, p.row_tiles, p.k_tiles >= 128
+
+    def tile(turn_tiles: int, warps_n: int, warps_k: int, stages: int, splits: int) -> Config:
+        config = Config(1, 1, turn_tiles, warps_n, warps_k, stages, 2, splits if p.sm >= 90 else 1, 0, True)
+        turn = warps_k * turn_tiles
+        chunk = config.threads // (4 * p.M) // turn * turn  # 16 values of x a thread
+        return replace(config, chunk_tiles=min(max(chunk, turn), _whole(p, config).chunk_tiles))
+
+    if rows >= 256:
+        if planes <= 3 or (planes == 4 and not long):
+            yield tile(2, 2, 4, 2, 2 if long else 1)
+        elif planes <= 6:
+            yield tile(2 if planes == 4 else 1, 1, 8, 2, 1) if long else tile(1, 2, 4, 3, 1)
+        return
+    if rows > 132 or (planes > 2 and rows < 128 and p.k_tiles > 128):
+        return
+    if planes <= 3 or (planes == 4 and rows >= 128):
+        yield tile(2, 1, 8, 2, 2)
+    elif planes <= 6 and (rows >= 128 or 48 < rows <= 66):
+        yield tile(1, 1, 8, 3, 2)
+    elif rows < 128:
+        yield tile(2, 1, 4, 3, 2)
+    if rows > 66:
+        yield tile(1, 1, 8, 2, 2)
 
 
 def linear_choice(problem: Problem) -> Config:

@@ -1,0 +1,253 @@
+// What linear.cu and few.cu share: the parameters of a call, a block's place in it, the ring that its weights stream through, and
+// the sum of its warps' partial sums.
+//
+//     y[m, n] = sum_k x[m, k] * scale[n, k/g] * (level(n, k) - zero[n, k/g]) + bias[n]
+//     level   = S << (8-bits)                      (rule round)
+//             = (S + 1/2) * 2^(8-bits) - 1/2       (rule prefix; S for 8 bits)
+//
+// Weight layout: planes[row tile][k tile][plane][lane][4 words], 64 rows x 64 k to a tile, 512 bytes a plane and tile;
+// word r of a lane belongs to the tile's rows 16r .. 16r+15 (decode.cuh has the bits). With lane = 4g + t a lane holds rows
+// 16r + g and 16r + 8 + g, and of every 16 k the four that are its part of an A operand: 2t, 2t + 1, 2t + 8, 2t + 9.
+// The first BITS + ROUND planes of a tile are read, of any number stored: one 8-bit copy serves all widths.
+// scales[row tile][group][8g + 2r + h] (h: row g or g + 8) are read like one more plane, 16 bytes a lane; so are zeros.
+//
+// A block owns WARPS_N * ROW_TILES row tiles and its share of k; its WARPS_K warps take turns of K_TILES k tiles. Each lane
+// copies its own 16-byte pieces of planes and scales into its own slots of shared memory, STAGES turns ahead (cp.async): no
+// barrier, and bytes in flight that cost no registers. Partial sums of all warps, and of the blocks of a cluster that split k,
+// are added in one fixed order from (distributed) shared memory.
+//
+// Limits: sm_80 or newer; K a multiple of 16; group_size a multiple of 16 or 0 (one group a row); k is split over at most 8
+// blocks, on sm_90 and newer.
+//
+// Compiled by NVRTC with these macros (tiles.py, defines):
+//   FORMAT       Half | BFloat: x, scales, bias, y
+//   BITS         2..8, served width
+//   ROUND        1: the slice rounds half up by one more plane (resident weights, rule round, BITS < 8)
+//   SHIFT        0: zero is 128 and levels are integers; 1: a constant is added to the levels; 2: and zeros taken off
+//   GROUP_SIZE   0 or a multiple of 16
+//   TOKEN_TILES  8-token tiles that a block of linear.cu computes
+//   ROW_TILES    64-row tiles a warp;  K_TILES  k tiles a turn, 1 or 2;  WARPS_N, WARPS_K  warps along rows and along k
+//   STAGES       turns a warp has in flight;  BLOCKS  blocks an SM the registers must allow
+#pragma once
+#include "decode.cuh"
+
+using T = FORMAT;
+
+constexpr int kPlanes = BITS + ROUND;
+constexpr int kWarps = WARPS_N * WARPS_K, kThreads = 32 * kWarps;
+constexpr int kBlockTiles = WARPS_N * ROW_TILES, kRows = 64 * kBlockTiles;
+constexpr int kPitch = kRows + 4;    // of a token's partial sums: the lanes of a store hit 32 banks
+constexpr int kTurn = 64 * K_TILES;  // k of a turn
+// Parts of a turn that share a scale for certain.
+constexpr int kPart = GROUP_SIZE % kTurn == 0 ? kTurn : GROUP_SIZE % 64 == 0 ? 64 : GROUP_SIZE % 32 == 0 ? 32 : 16;
+constexpr int kParts = kTurn / kPart;
+// What a stage of the ring holds for a row tile, in slabs of 16 bytes a lane: planes of each k tile, scales and zeros of each part.
+constexpr int kScaleSlab = K_TILES * kPlanes, kZeroSlab = kScaleSlab + kParts, kSlabs = kZeroSlab + (SHIFT == 2 ? 2 * kParts : 0);
+constexpr int kStageBytes = ROW_TILES * kSlabs * 512;
+constexpr int kRingBytes = kWarps * STAGES * kStageBytes;
+
+struct Params {
+  const uint16_t* x;       // (M, K), 16-byte aligned
+  const uint4* planes;     // (row_tiles, k_tiles, stored, 32 lanes) of 16 bytes
+  const uint4* scales;     // (row_tiles, groups, 64) of FORMAT
+  const uint4* zeros;      // (row_tiles, groups, 64) of float, SHIFT 2
+  const uint16_t* bias;    // (N,) or null
+  uint16_t* y;             // (M, N)
+  int M, N, K;
+  int row_tiles, k_tiles;  // N and K over 64, rounded up: the planes are padded
+  int stored;              // planes a tile in memory, at least BITS + ROUND
+  int groups;              // scales a row
+  int split_tiles;         // k tiles of one block of the cluster, a multiple of K_TILES
+  int chunk_tiles;         // linear.cu: k tiles of x in shared memory at a time, all or at least STAGES turns of all warps
+  int inbox;               // where in shared memory the blocks of a cluster leave partial sums for one another, and a barrier
+  float shift;             // SHIFT 1, 2: added to each decoded level - 128
+};
+
+// Weights are read once and pass the L1 by; scales, which neighbouring k tiles share, stay in it.
+__device__ __forceinline__ void copy_weights(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+__device__ __forceinline__ void copy_scales(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int Pending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+// Programmatic dependent launch: before wait_for_previous_grid() only weights, scales, zeros and bias may be touched.
+__device__ __forceinline__ void wait_for_previous_grid() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_grid_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ int group_of(int k) {
+  if constexpr (GROUP_SIZE == 0) return 0;
+  else return unsigned(k) / GROUP_SIZE;
+}
+
+// Word r of four, r known at compile time.
+__device__ __forceinline__ uint32_t word_of(const uint4& v, int r) { return r == 0 ? v.x : r == 1 ? v.y : r == 2 ? v.z : v.w; }
+
+constexpr int kStride = WARPS_K * K_TILES;  // k tiles from a warp's turn to its next
+
+// A block's and a thread's place in the problem.
+struct Place {
+  int lane, warp, g, t, warp_n, warp_k;
+  int split, splits, k_begin, k_end;  // of k in k tiles
+  int first_token, tokens, first_row;
+
+  __device__ Place(const Params& p, int most_tokens) {
+    lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    warp_n = warp % WARPS_N, warp_k = warp / WARPS_N;
+    split = blockIdx.x, splits = gridDim.x;
+    first_token = blockIdx.y * most_tokens, tokens = min(most_tokens, p.M - first_token);
+    first_row = blockIdx.z * kRows;
+    k_begin = split * p.split_tiles, k_end = min(k_begin + p.split_tiles, p.k_tiles);
+  }
+};
+
+// A lane's slots in the ring, and what goes there next.
+struct Ring {
+  const Params& p;
+  const int k_end;
+  unsigned char* const slots;
+  const uint32_t address;
+  const uint4 *planes[ROW_TILES], *scales[ROW_TILES], *zeros[ROW_TILES];
+
+  __device__ Ring(const Params& p, const Place& at, unsigned char* shared)
+      : p(p), k_end(at.k_end), slots(shared + at.warp * (STAGES * kStageBytes) + at.lane * 16),
+        address(uint32_t(__cvta_generic_to_shared(slots))) {
+#pragma unroll
+    for (int i = 0; i < ROW_TILES; ++i) {
+      const size_t row_tile = min(int(blockIdx.z * kBlockTiles) + at.warp_n * ROW_TILES + i, p.row_tiles - 1);
+      planes[i] = p.planes + (row_tile * p.k_tiles + at.k_begin + at.warp_k * K_TILES) * p.stored * 32 + at.lane;
+      scales[i] = p.scales + row_tile * p.groups * 8 + at.g;
+      zeros[i] = p.zeros + row_tile * p.groups * 16 + 2 * at.g;
+    }
+  }
+
+  // Starts copying the warp's next turn, that of k_tile, if there is one.
+  __device__ __forceinline__ void fetch(int k_tile, int stage_offset) {
+    if (k_tile >= k_end) return;
+#pragma unroll
+    for (int i = 0; i < ROW_TILES; ++i) {
+      const uint32_t to = address + stage_offset + i * kSlabs * 512;
+#pragma unroll
+      for (int k = 0; k < K_TILES; ++k) {
+        if (k > 0 && k_tile + k == p.k_tiles) break;  // what is left in the ring meets zeros of x
+#pragma unroll
+        for (int plane = 0; plane < kPlanes; ++plane)
+          copy_weights(to + (k * kPlanes + plane) * 512, planes[i] + (k * p.stored + plane) * 32);
+      }
+      planes[i] += kStride * 32 * p.stored;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        int group = group_of(k_tile * 64 + part * kPart);
+        if constexpr (kParts > 1) group = min(group, p.groups - 1);  // K may end inside the turn
+        copy_scales(to + (kScaleSlab + part) * 512, scales[i] + group * 8);
+        if constexpr (SHIFT == 2) {
+          copy_scales(to + (kZeroSlab + 2 * part) * 512, zeros[i] + group * 16);
+          copy_scales(to + (kZeroSlab + 2 * part + 1) * 512, zeros[i] + group * 16 + 1);
+        }
+      }
+    }
+  }
+
+  // Slab `index` of row tile i in a turn that has landed.
+  __device__ __forceinline__ uint4 slab(int stage_offset, int i, int index) const {
+    return *reinterpret_cast<const uint4*>(slots + stage_offset + (i * kSlabs + index) * 512);
+  }
+};
+
+__device__ __forceinline__ int next_stage(int stage_offset) {
+  return stage_offset == (STAGES - 1) * kStageBytes ? 0 : stage_offset + kStageBytes;
+}
+
+// The blocks of a cluster each finish a share of the outputs: the others' sums of it come to a block's inbox, [split][share] in
+// its shared memory, behind a barrier that counts the bytes.
+__device__ __forceinline__ int share_of(const Place& at) { return (at.tokens * kRows + at.splits - 1) / at.splits; }
+
+// Opens the inbox. All blocks of a cluster have opened theirs after wait_for_cluster().
+__device__ __forceinline__ void open_inbox(const Params& p, const Place& at, unsigned char* shared) {
+#if __CUDA_ARCH__ >= 900
+  if (threadIdx.x == 0) {
+    const int share = share_of(at), own = max(min(at.tokens * kRows - at.split * share, share), 0);
+    const uint32_t barrier = uint32_t(__cvta_generic_to_shared(shared + p.inbox));
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(at.splits * own * 4) : "memory");
+  }
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void send(int block, uint32_t barrier, uint32_t address, float value) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .b32 to, counter;\n"
+      "mapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 counter, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], %3, [counter];\n}" ::"r"(address),
+      "r"(barrier), "r"(block), "f"(value)
+      : "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_inbox(uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t full = 0;
+  while (!full) {
+    asm volatile(
+        "{\n.reg .pred full;\nmbarrier.try_wait.parity.shared::cta.b64 full, [%1], 0;\nselp.u32 %0, 1, 0, full;\n}"
+        : "=r"(full)
+        : "r"(barrier)
+        : "memory");
+  }
+#endif
+}
+
+// Adds up partial sums, [warp_k][most_tokens][row] from the start of shared memory, of the block's warps and of the cluster's
+// blocks, and stores y: `unit` times the sums.
+__device__ __forceinline__ void finish(const Params& p, const Place& at, unsigned char* shared, int most_tokens, float unit) {
+  auto store = [&](int i, float sum) {
+    const int token = i / kRows, n = at.first_row + i % kRows;
+    if (n >= p.N) return;
+    sum *= unit;
+    if (p.bias) sum += T::to_float(p.bias[n]);
+    p.y[size_t(at.first_token + token) * p.N + n] = T::from_float(sum);
+  };
+  const float* const partial = reinterpret_cast<float*>(shared);
+  const int outputs = at.tokens * kRows, share = share_of(at);
+  const float* const inbox = reinterpret_cast<float*>(shared + p.inbox + 16);
+  const uint32_t barrier = uint32_t(__cvta_generic_to_shared(shared)) + p.inbox;
+  if (at.splits > 1) wait_for_cluster();
+  for (int i = threadIdx.x; i < outputs; i += kThreads) {
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < WARPS_K; ++k) sum += partial[(k * most_tokens + i / kRows) * kPitch + i % kRows];
+    if (at.splits == 1) {
+      store(i, sum);
+    } else {
+      const int owner = unsigned(i) / unsigned(share);
+      send(owner, barrier, barrier + 16 + (at.split * share + i - owner * share) * 4, sum);
+    }
+  }
+  if (at.splits == 1) return;
+  wait_for_inbox(barrier);
+  for (int i = threadIdx.x; i < share && at.split * share + i < outputs; i += kThreads) {
+    float sum = 0;
+    for (int k = 0; k < at.splits; ++k) sum += inbox[k * share + i];
+    store(at.split * share + i, sum);
+  }
+}
