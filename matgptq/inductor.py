@@ -4,7 +4,7 @@ Layers that share an input become one call (`join_linears`): q, k and v; gate an
 generated kernels overlap with ours (`matgptq.overlap`). That is right because every kernel waits for the end of the one
 before it, which has waited too, before it lets the next one start:
 
-- ours (linear.cu, hopper.cu) before they read x or write; earlier they read weights, which no kernel writes;
+- ours before they read x or write; earlier they read weights, which no kernel writes;
 - generated ones before they touch anything (`overlap.WaitFirst`);
 - kernels of libraries (attention, the output layer) start when all before them has ended.
 """
