@@ -7,6 +7,7 @@ import os
 import pytest
 
 from matgptq.kernels import nvrtc
+from matgptq.kernels.hopper import HopperConfig
 from matgptq.kernels.problem import Problem
 from matgptq.kernels.tiles import architecture, choose, defines, few_choice, linear_choice
 
@@ -81,11 +82,16 @@ def test_few_variants_compile_without_spills(arch, compilers):
 def test_hopper_variants_compile_without_spills(compilers):
     variants = {}
     for bits, M, (N, K), dtype, kind in itertools.product(
-        (2, 4, 7, 8), (24, 32, 48, 64, 128, 1024), ((4096, 4096), (28672, 4096)), ("float16", "bfloat16"), KINDS
+        (2, 4, 7, 8),
+        (12, 24, 32, 48, 64, 96, 128, 1024),
+        ((2048, 2048), (4096, 4096), (28672, 4096)),
+        ("float16", "bfloat16"),
+        KINDS,
     ):
         problem = Problem(M, N, K, bits, dtype, **kind)
         config = choose(problem)
-        variants.setdefault((tuple(defines(problem, config).items()), architecture(problem, config)), problem)
+        if isinstance(config, HopperConfig):
+            variants.setdefault((tuple(defines(problem, config).items()), architecture(problem, config)), problem)
     check_logs(variants, compilers)
 
 

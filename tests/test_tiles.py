@@ -46,7 +46,7 @@ def test_choose_covers_every_problem(sm):
             problem = Problem(M, N, K, bits, "float16", group_size, resident, rule, zeros, sm)
             few = few_choice(problem)
             assert few is None or (M <= 2 and few.few)
-            if M <= 16 or sm != 90:
+            if M <= 8 or sm != 90:
                 assert choose(problem) == (few or linear_choice(problem))
             for config in filter(None, (few, linear_choice(problem))):
                 assert supports(config, problem), (problem, config)
@@ -61,13 +61,16 @@ def test_choose_covers_every_problem(sm):
 def test_hopper_covers_every_problem_of_many_tokens():
     ways = [(False, "round"), (True, "round"), (True, "prefix")]
     for (N, K), bits, M, (resident, rule) in itertools.product(
-        SHAPES, range(2, 9), (17, 64, 65, 190, 256, 1000, 8192), ways
+        SHAPES, range(2, 9), (9, 17, 64, 65, 190, 256, 1000, 8192), ways
     ):
         for group_size, zeros in itertools.product((-1, 16, 48, 128), (False, True)):
             if group_size > 0 and K % group_size:
                 continue
             problem = Problem(M, N, K, bits, "bfloat16", group_size, resident, rule, zeros)
             config = choose(problem)
+            if M <= 16 and (problem.shift or group_size in (16, 48)):
+                assert config == linear_choice(problem)
+                continue
             assert isinstance(config, HopperConfig), problem
             assert supports(config, problem), (problem, config)
             assert hopper.shared_bytes(problem, config) <= 227 * 1024
@@ -81,8 +84,10 @@ def test_tokens_choose_the_kernel():
     assert [few_choice(Problem(M, 8192, 8192, 4)) is not None for M in (1, 2, 3)] == [True, True, False]
     assert few_choice(Problem(1, 8192, 8192, 4, group_size=32)) is None
     assert defines(Problem(1, 8192, 8192, 4), choose(Problem(1, 8192, 8192, 4)))["KERNEL"] == "few"
-    assert isinstance(choose(Problem(16, 8192, 8192, 4)), Config)
-    assert isinstance(choose(Problem(17, 8192, 8192, 4)), HopperConfig)
+    assert isinstance(choose(Problem(8, 8192, 8192, 4)), Config)
+    assert isinstance(choose(Problem(9, 8192, 8192, 4)), HopperConfig)
+    assert isinstance(choose(Problem(16, 8192, 8192, 4, zeros=True)), Config)
+    assert isinstance(choose(Problem(17, 8192, 8192, 4, zeros=True)), HopperConfig)
     assert isinstance(choose(Problem(1000, 8192, 8192, 4, sm=80)), Config)
     assert isinstance(choose(Problem(1000, 8192, 8192, 4, sm=100)), Config)
 

@@ -160,17 +160,20 @@ struct Fields {
   }
 };
 
-template <typename T, bool Fp16 = T::kMantissa == 10>
+// Low: bases are taken off in 16 bits, so that their size does not matter and the lowest fields may stay where they are.
+template <typename T, bool Low, bool Fp16 = T::kMantissa == 10>
 struct Layout;
-template <typename T>
-struct Layout<T, true> {
-  using Even = Fields<Field<T, 2, 0, -4>, Field<T, 2, 4, 0>, Field<T, 2, 8, 0>, Field<T, 2, 12, 6>>;   // pairs, l = 1
-  using Odd = Fields<Field<T, 2, 2, -4>, Field<T, 2, 6, 0>, Field<T, 2, 10, 6>, Field<T, 2, 14, 6>>;   // pairs, l = 0
+template <typename T, bool Low>
+struct Layout<T, Low, true> {
+  static constexpr int kLift = Low ? 0 : -4;
+  using Even = Fields<Field<T, 2, 0, kLift>, Field<T, 2, 4, 0>, Field<T, 2, 8, 0>, Field<T, 2, 12, 6>>;  // pairs, l = 1
+  using Odd = Fields<Field<T, 2, 2, kLift>, Field<T, 2, 6, 0>, Field<T, 2, 10, 6>, Field<T, 2, 14, 6>>;  // pairs, l = 0
   template <int Bits>  // the top Bits bits of nibbles
-  using Nibbles = Fields<Field<T, Bits, 4 - Bits, -2>, Field<T, Bits, 8 - Bits, -2>, Field<T, Bits, 12 - Bits, 6>, Field<T, Bits, 16 - Bits, 6>>;
+  using Nibbles = Fields<Field<T, Bits, 4 - Bits, kLift / 2>, Field<T, Bits, 8 - Bits, kLift / 2>, Field<T, Bits, 12 - Bits, 6>,
+                         Field<T, Bits, 16 - Bits, 6>>;
 };
-template <typename T>
-struct Layout<T, false> {
+template <typename T, bool Low>
+struct Layout<T, Low, false> {
   using Even = Fields<Field<T, 2, 0, 0>, Field<T, 2, 4, 0>, Field<T, 2, 8, 6>, Field<T, 2, 12, 12>>;
   using Odd = Fields<Field<T, 2, 2, 0>, Field<T, 2, 6, 6>, Field<T, 2, 10, 6>, Field<T, 2, 14, 12>>;
   template <int Bits>
@@ -236,8 +239,9 @@ struct Nibbles {
   }
 };
 
-template <typename T, int Bits, bool Round>
+template <typename T, int Bits, bool Round, bool Low = false>
 struct Decoder {
+  using Places = Layout<T, Low>;
   static constexpr bool kFp16 = T::kMantissa == 10;
   static constexpr bool kCentred = Bits > 4 && !kFp16;  // operands without a base
 
@@ -248,13 +252,13 @@ struct Decoder {
     for (int s = 0; s < 4; ++s) {
       uint32_t(&a)[4] = operand[s];
       if constexpr (Bits == 2) {
-        if (s % 2 == 0) Layout<T>::Odd::get(unit.top[s / 2], a);
-        else Layout<T>::Even::get(unit.top[s / 2], a);
+        if (s % 2 == 0) Places::Odd::get(unit.top[s / 2], a);
+        else Places::Even::get(unit.top[s / 2], a);
         continue;
       }
       const uint32_t high = unit.high(s);
       if constexpr (Bits <= 4) {
-        Layout<T>::template Nibbles<Bits>::get(high, a);
+        Places::template Nibbles<Bits>::get(high, a);
         continue;
       }
       const uint32_t low = unit.low(s);
@@ -264,8 +268,8 @@ struct Decoder {
       } else {
         // bf16 has too few mantissa bits for a byte: (high - 16) * 16 + (128 + low) = code - 128, each step exact.
         uint32_t lows[4];
-        Layout<T>::template Nibbles<4>::get(high, a);
-        Layout<T>::template Nibbles<4>::get(low, lows);
+        Places::template Nibbles<4>::get(high, a);
+        Places::template Nibbles<4>::get(low, lows);
 #pragma unroll
         for (int c = 0; c < 4; ++c)
           a[c] = T::fma2(T::fma2(a[c], T::kOne, packed_integer<T>(128 + 16, true)), packed_integer<T>(16), lows[c]);
@@ -276,10 +280,10 @@ struct Decoder {
   // The operand that takes off what decode leaves on in step s: -(base + middle of the codes).
   static __device__ __forceinline__ void bases(int s, uint32_t (&a)[4]) {
     if constexpr (Bits == 2) {
-      if (s % 2 == 0) Layout<T>::Odd::template bases<T, 2>(a);
-      else Layout<T>::Even::template bases<T, 2>(a);
+      if (s % 2 == 0) Places::Odd::template bases<T, 2>(a);
+      else Places::Even::template bases<T, 2>(a);
     } else if constexpr (Bits <= 4) {
-      Layout<T>::template Nibbles<Bits>::template bases<T, (1 << (Bits - 1))>(a);
+      Places::template Nibbles<Bits>::template bases<T, (1 << (Bits - 1))>(a);
     } else {
       a[0] = a[1] = a[2] = a[3] = kFp16 ? packed_integer<Half>(1024 + 128, true) : 0;
     }

@@ -2,34 +2,36 @@
 //
 // Decoded weights are the A operand (64 rows, in registers) of wgmma.m64nTOKENSk16, x its B operand in shared memory.
 //
-// A block owns ROW_TILES row tiles, TOKENS tokens and its share of k, which it takes in turns of one, two or four k tiles. One
+// A block owns ROW_TILES row tiles, TOKENS tokens and its share of k, which it takes in turns of one to eight k tiles. One
 // thread asks for turns ahead, into a ring: planes, scales and zeros by bulk copies, x by TMA (128-byte swizzle, zeros beyond
 // M and K). Each consumer warp decodes its WORDS words of one row tile; the 64 rows of a wgmma are 16 of each warp of a
 // warpgroup, whichever rows those are. The wgmmas of one piece (a word, 64 k) run while the next piece is decoded, to the other
 // of two sets of registers. K_GROUPS groups of warps share the k tiles of a turn.
 //
-// A weight's base and middle are taken off exactly and its scale is applied with one rounding, in 16 bits: sums run through all
-// of K. With zeros, that is done in fp32.
+// A weight's base and middle are taken off exactly, in 16 bits. To 32 tokens, sums over a part of k are scaled, in fp32. With more,
+// each weight is, with one rounding in 16 bits, and sums run through all of K. With zeros, weights are made in fp32.
 //
 // The blocks of a cluster split k; each adds up and stores its share of the sums, in one fixed order, from its shared memory.
 // Without a cluster, and with one group along k, a block computes several tiles: the ring fills for the next while one is stored.
 //
-// Measured on an H200 (2026-11-22): to 128 tokens decoding bounds it, and its latency more than its throughput; from 256 on the
-// tensor cores, and from 2048 on the clock, which falls. docs/kernels.md has the figures.
+// Measured on an H200 (2026-11-22): to 128 tokens decoding bounds it, with the registers that wgmma takes from its instructions,
+// and what a call costs whatever its size; from 256 on the tensor cores, and from 2048 on the clock, which falls.
+// docs/kernels.md has the figures.
 //
 // Limits: as linear.cu's. Between wgmmas there must be no branch: the compiler then waits for each before the next (C7513).
 //
 // Compiled by NVRTC with the macros of linear.cu from FORMAT to GROUP_SIZE, and (hopper.py, defines)
-//   ROW_TILES  2 or 4;  WORDS  1 or 2: a warp's words of a row tile (4 * ROW_TILES / WORDS warps share the rows)
+//   ROW_TILES  1, 2 or 4;  WORDS  1 or 2: a warp's words of a row tile (4 * ROW_TILES / WORDS warps share the rows)
 //   TOKENS     tokens of a block, one of those below
 //   K_GROUPS   1, 2 or 4
 //   STAGES     turns in the ring
 //   BLOCKS     blocks an SM, 1 or 2
+//   SPLIT      1: clusters split k
 #include "decode.cuh"
 
 using uint64_t = unsigned long long;
 using T = FORMAT;
-using Decode = Decoder<T, BITS, bool(ROUND)>;
+using Decode = Decoder<T, BITS, bool(ROUND), true>;
 
 constexpr int kPlanes = BITS + ROUND;
 constexpr int kRowWarps = 4 * ROW_TILES / WORDS;  // consumer warps along rows
@@ -38,7 +40,8 @@ constexpr int kConsumers = 32 * kRowWarps * K_GROUPS, kThreads = kConsumers + 12
 // 256 or 512 consumers; an SM has 65536 registers for its blocks.
 constexpr int kConsumerRegisters = kConsumers == 512 ? 112 : BLOCKS == 2 ? 104 : 232;
 constexpr int kProducerRegisters = kConsumers * BLOCKS == 512 ? 32 : 40;
-constexpr int kTurnTiles = K_GROUPS == 4 ? 4 : TOKENS > 128 ? 1 : 2, kTurn = 64 * kTurnTiles;
+constexpr int kTurnTiles = TOKENS > 128 ? 1 : K_GROUPS > WORDS ? 2 * K_GROUPS / WORDS : 2, kTurn = 64 * kTurnTiles;
+static_assert(TOKENS <= 128 || K_GROUPS == 1);
 __device__ constexpr int largest_part() {
   for (int k = kTurn; k > 16; k /= 2)
     if (GROUP_SIZE % k == 0) return k;
@@ -46,11 +49,14 @@ __device__ constexpr int largest_part() {
 }
 constexpr int kPart = largest_part();  // k that share a scale for certain
 constexpr int kParts = kTurn / kPart;
+// Sums over a part are scaled; else every weight is.
+constexpr bool kScaleSums = SHIFT == 0 && WORDS == 1 && TOKENS <= 32 && kPart >= 64;
 constexpr int kBox = TOKENS * 128;  // bytes of x of 64 k
 constexpr int kTileBytes = kPlanes * 512;
 constexpr int kPlanesAt = kTurnTiles * kBox, kScalesAt = kPlanesAt + kTurnTiles * ROW_TILES * kTileBytes;
 constexpr int kZerosAt = kScalesAt + kParts * ROW_TILES * 128;
 constexpr int kStageBytes = (kZerosAt + (SHIFT == 2 ? kParts * ROW_TILES * 256 : 0) + 1023) / 1024 * 1024;
+constexpr bool kExchange = K_GROUPS > 1 || SPLIT;  // sums pass through shared memory
 constexpr int kColumns = TOKENS / 8, kUnits = WORDS * kColumns;  // a unit: a thread's sums of a word and eight tokens
 constexpr float kUnit = BITS < 5 ? float(1 << (8 - BITS)) : 1.0f;  // a unit of the decoded integers, in levels
 constexpr int kBand = 16;  // row blocks that are computed at a time, to share x in the L2
@@ -70,7 +76,9 @@ struct alignas(64) Params {
 };
 
 // One wgmma: the registers of the sums, then of A, then the descriptor of B.
-#define TEXT_24 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11"
+#define TEXT_8 "%0,%1,%2,%3"
+#define TEXT_16 TEXT_8 ",%4,%5,%6,%7"
+#define TEXT_24 TEXT_16 ",%8,%9,%10,%11"
 #define TEXT_32 TEXT_24 ",%12,%13,%14,%15"
 #define TEXT_48 TEXT_32 ",%16,%17,%18,%19,%20,%21,%22,%23"
 #define TEXT_64 TEXT_48 ",%24,%25,%26,%27,%28,%29,%30,%31"
@@ -82,13 +90,17 @@ struct alignas(64) Params {
   ",%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
-#define SUMS_24 FOUR(0), FOUR(4), FOUR(8)
+#define SUMS_8 FOUR(0)
+#define SUMS_16 SUMS_8, FOUR(4)
+#define SUMS_24 SUMS_16, FOUR(8)
 #define SUMS_32 SUMS_24, FOUR(12)
 #define SUMS_48 SUMS_32, FOUR(16), FOUR(20)
 #define SUMS_64 SUMS_48, FOUR(24), FOUR(28)
 #define SUMS_96 SUMS_64, SIXTEEN(32)
 #define SUMS_128 SUMS_96, SIXTEEN(48)
 #define SUMS_256 SUMS_128, SIXTEEN(64), SIXTEEN(80), SIXTEEN(96), SIXTEEN(112)
+#define REST_8 "{%4,%5,%6,%7}, %8"
+#define REST_16 "{%8,%9,%10,%11}, %12"
 #define REST_24 "{%12,%13,%14,%15}, %16"
 #define REST_32 "{%16,%17,%18,%19}, %20"
 #define REST_48 "{%24,%25,%26,%27}, %28"
@@ -100,17 +112,24 @@ struct alignas(64) Params {
 #define PASTE(a, b) PASTE2(a, b)
 #define QUOTE2(a) #a
 #define QUOTE(a) QUOTE2(a)
-#define WGMMA(TYPE)                                                                                                 \
+#define WGMMA(TYPE, ADD)                                                                                            \
   asm volatile(                                                                                                     \
-      "{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\n"                                                                \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n"                                                          \
       "wgmma.mma_async.sync.aligned.m64n" QUOTE(TOKENS) "k16.f32." TYPE "." TYPE " {" PASTE(TEXT_, TOKENS) "}, "    \
       PASTE(REST_, TOKENS) ", add, 1, 1, 0;\n}"                                                                     \
       : PASTE(SUMS_, TOKENS)                                                                                        \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 
+// d = a b, or d += a b.
+template <bool Add>
 __device__ __forceinline__ void wgmma(float (&d)[TOKENS / 2], const uint32_t (&a)[4], uint64_t b) {
-  if constexpr (T::kMantissa == 10) WGMMA("f16");
-  else WGMMA("bf16");
+  if constexpr (T::kMantissa == 10) {
+    if constexpr (Add) WGMMA("f16", "1");
+    else WGMMA("f16", "0");
+  } else {
+    if constexpr (Add) WGMMA("bf16", "1");
+    else WGMMA("bf16", "0");
+  }
 }
 __device__ __forceinline__ void fence_wgmma() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_wgmma() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -151,6 +170,13 @@ __device__ __forceinline__ void copy_box(uint32_t to, const void* map, int k, in
                : "memory");
 }
 
+// Sums are not read before the wait above.
+template <int N>
+__device__ __forceinline__ void landed(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // True in one lane of the warp.
 __device__ __forceinline__ bool elect() {
   uint32_t elected;
@@ -158,15 +184,25 @@ __device__ __forceinline__ bool elect() {
   return elected;
 }
 
-__device__ __forceinline__ void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+// Of the cluster's blocks. Nothing that was written before is meant to be seen behind it.
+__device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory"); }
-__device__ __forceinline__ void store_to_block(int block, uint32_t address, const float (&v)[4]) {
-  uint32_t remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(block));
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
-               : "memory");
+// To another block's shared memory, whose barrier counts the bytes.
+__device__ __forceinline__ void send(int block, uint32_t address, const float (&v)[4], uint32_t barrier) {
+  asm volatile(
+      "{\n.reg .b32 to, counter;\nmapa.shared::cluster.u32 to, %0, %6;\nmapa.shared::cluster.u32 counter, %5, %6;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%1, %2, %3, %4}, [counter];\n}"
+      :
+      : "r"(address), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier), "r"(block)
+      : "memory");
+}
+__device__ __forceinline__ void wait_for_sent(uint32_t barrier) {
+  asm volatile(
+      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n@!done bra AGAIN;\n}"
+      :
+      : "r"(barrier)
+      : "memory");
 }
 
 // An 8x8 matrix of 16-bit values, a row's pair in each lane, as its columns' pairs.
@@ -176,9 +212,10 @@ __device__ __forceinline__ uint32_t transpose(uint32_t v) {
   return d;
 }
 
-// B operand of 16 k: rows of 128 bytes (64 k of a token) in the 128-byte swizzle, eight rows in 1024 bytes.
-__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
-  return (uint64_t(1) << 62) | (uint64_t(64) << 32) | (uint64_t(1) << 16) | (address >> 4 & 0x3FFF);
+// B operand of 16 k: rows of 128 bytes (64 k of a token) in the 128-byte swizzle, eight rows in 1024 bytes. `place` is the
+// address in units of 16 bytes.
+__device__ __forceinline__ uint64_t descriptor(uint32_t place) {
+  return (uint64_t(1) << 62) | (uint64_t(64) << 32) | (1u << 16) + place;
 }
 
 struct Tile {
@@ -247,7 +284,7 @@ struct Scale {
   float zero[2];
 };
 
-// Decoded integers -> weights, scales applied.
+// Decoded integers -> weights, scales applied; with kScaleSums only bases are taken off.
 __device__ __forceinline__ void apply_scale(uint32_t (&a)[4], int step, const Scale& scale, float shift) {
   uint32_t base[4];
   Decode::bases(step, base);
@@ -261,7 +298,7 @@ __device__ __forceinline__ void apply_scale(uint32_t (&a)[4], int step, const Sc
 #pragma unroll
       for (int e = 0; e < 2; ++e) f[e] = (f[e] * kUnit + shift - scale.zero[c % 2]) * s;
       v = T::from_floats(f[0], f[1]);
-    } else {
+    } else if constexpr (!kScaleSums) {
       if constexpr (SHIFT == 1) {
         const uint32_t half = T::from_float(shift);
         v = T::fma2(v, packed_integer<T>(int(kUnit)), half | (half << 16));
@@ -277,16 +314,24 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
   const uint32_t ring = uint32_t(__cvta_generic_to_shared(shared));
   // The compiler does not see that a warp's index is the same in all lanes; descriptors are to be in uniform registers.
   const int lane = threadIdx.x % 32, warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
-  const int split = p.splits > 1 ? blockIdx.x % p.splits : 0;
+  const int split = SPLIT ? blockIdx.x % p.splits : 0;
   const int tiles = (p.row_tiles + ROW_TILES - 1) / ROW_TILES * ((p.M + TOKENS - 1) / TOKENS);
-  const int first_tile = p.splits > 1 ? blockIdx.x / p.splits : blockIdx.x;
-  const int tile_step = p.splits > 1 ? tiles : gridDim.x;  // a cluster computes one tile
+  const int first_tile = SPLIT ? blockIdx.x / p.splits : blockIdx.x;
+  const int tile_step = SPLIT ? tiles : gridDim.x;  // a cluster computes one tile
   const int all_turns = kTurnTiles == 1 ? (p.k_tiles + 1) / 2 * 2 : (p.k_tiles + kTurnTiles - 1) / kTurnTiles;
   const int first_turn = split * p.split_turns, turns = min(p.split_turns, all_turns - first_turn);
-  const uint32_t full = ring + p.barriers, empty = full + 8 * STAGES;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; ++i) init_barrier(full + 8 * i, 1), init_barrier(empty + 8 * i, kConsumers / 32);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  const uint32_t full = ring + p.barriers, empty = full + 8 * STAGES, sent = empty + 8 * STAGES;
+  // Weights do not depend on the previous kernel: start them first. Only a few, as x queues behind all that is asked for before it.
+  const int ahead = min(turns, BLOCKS);
+  if (warp == kConsumers / 32 && elect()) {
+#pragma unroll 1
+    for (int i = 0; i < STAGES; ++i) init_barrier(full + 8 * i, 1), init_barrier(empty + 8 * i, kConsumers);
+    init_barrier(sent, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+    if (SPLIT) expect(sent, (kUnits - split + p.splits - 1) / p.splits * p.splits * 32 * kRowWarps * 16);
+    const Source source(p, Tile(p, first_tile), first_turn);
+#pragma unroll 1
+    for (int turn = 0; turn < ahead; ++turn) source.fetch_weights(p, turn, ring + turn * kStageBytes, full + 8 * turn);
   }
   __syncthreads();
 
@@ -296,10 +341,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
       int stage = 0;
       uint32_t phase = 1;  // of the release that is waited for: at first, of none
       Source source(p, Tile(p, first_tile), first_turn);
-      // Weights do not depend on the previous kernel: start them first.
-      const int ahead = min(turns, STAGES);
-#pragma unroll 1
-      for (int turn = 0; turn < ahead; ++turn) source.fetch_weights(p, turn, ring + turn * kStageBytes, full + 8 * turn);
       asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
 #pragma unroll 1
       for (int index = first_tile; index < tiles; index += tile_step) {
@@ -317,29 +358,44 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
       }
     }
     __syncwarp();
-    if (p.splits > 1) sync_cluster(), sync_cluster();
+    if (SPLIT) arrive_at_cluster(), wait_for_cluster();
     return;
   }
 
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
   const int g = lane / 4, t = lane % 4, k_group = warp / kRowWarps, thread = threadIdx.x % (32 * kRowWarps);
-  const int tile_of_warp = warp % kRowWarps * WORDS / 4, first_word = warp % kRowWarps * WORDS % 4;
-  constexpr int kPieces = kTurnTiles / K_GROUPS * WORDS;  // of a warp and turn
+  // A warp stores the rows of its own words of a tile. Where sums pass through shared memory, each octet of its lanes decodes the
+  // words of another of the tile's warps, so that lanes that read at once hit all banks; `home` is the thread that decodes ours.
+  constexpr int kTileWarps = 4 / WORDS;
+  const int row_warp = warp % kRowWarps, tile_of_warp = row_warp / kTileWarps;
+  const int own_word = row_warp % kTileWarps * WORDS;
+  const int first_word = kExchange ? (row_warp + lane / 8) % kTileWarps * WORDS : own_word;
+  const int home_warp = tile_of_warp * kTileWarps + (row_warp + kTileWarps - lane / 8 % kTileWarps) % kTileWarps;
+  const int home = kExchange ? home_warp * 32 + lane : thread;
+  constexpr int kGroupTiles = kTurnTiles / K_GROUPS;      // k tiles of a group of warps and turn
+  constexpr int kPieces = kGroupTiles * WORDS;            // of a warp and turn
   static_assert(kPieces > 1 || kTurnTiles == 1);          // then turns come in pairs
   constexpr int kTurnsAtOnce = kPieces == 1 ? 2 : 1;      // two sets of operands take turns
+  constexpr int kSumTiles = kPart >= 128 ? kGroupTiles : 1;  // of a group, that share a scale
   constexpr int kLag = kPieces == 1 ? 2 : 1;              // turns that may still be multiplied when one is decoded
   int stage = 0;
   uint32_t phase = 0;
   auto release = [&](int turns_ago, bool there) {
     const int of_stage = stage - turns_ago;
-    __syncwarp();  // one lane arrives for what all have read
-    arrive_if(there && lane == 0, empty + 8 * (of_stage < 0 ? of_stage + STAGES : of_stage));
+    arrive_if(there, empty + 8 * (of_stage < 0 ? of_stage + STAGES : of_stage));
   };
 #pragma unroll 1
   for (int index = first_tile; index < tiles; index += tile_step) {
     const Tile tile(p, index);
     float acc[WORDS][TOKENS / 2] = {};
     uint32_t operand[2][4][4], words[kPlanes][WORDS];
+    // kScaleSums: sums of a part, and the scales of its two rows.
+    float dot[WORDS][TOKENS / 2] = {}, scale_of[WORDS][2] = {};
+    auto add_scaled = [&](int r) {
+      landed(dot[r]);
+#pragma unroll
+      for (int e = 0; e < TOKENS / 2; ++e) acc[r][e] += scale_of[r][e / 2 % 2] * dot[r][e];
+    };
 #pragma unroll 1
     for (int turn = 0; turn < turns; turn += kTurnsAtOnce) {
       // All waits come first: the compiler serialises wgmmas that have a loop between them.
@@ -347,7 +403,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
       if constexpr (kTurnsAtOnce == 2) wait(full + 8 * ((stage + 1) % STAGES), stage + 1 == STAGES ? phase ^ 1 : phase);
 #pragma unroll
       for (int piece = 0; piece < kTurnsAtOnce * kPieces; ++piece) {
-        const int r = piece % WORDS, k_tile = K_GROUPS > 1 ? k_group : piece % kPieces / WORDS;
+        const int r = piece % WORDS, k_tile = k_group * kGroupTiles + piece % kPieces / WORDS;
         const unsigned char* const weights = shared + stage * kStageBytes;
         if (r == 0) {
 #pragma unroll
@@ -368,6 +424,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
         constexpr int kSteps = kPart < 64 ? kPart / 16 : 4;  // that share a scale
 #pragma unroll
         for (int s = 0; s < 4; s += kSteps) {
+          if constexpr (kScaleSums) {
+#pragma unroll
+            for (int step = 0; step < 4; ++step) apply_scale(a[step], step, {}, 0);
+            break;
+          }
           const int slot = ((k_tile * 64 + s * 16) / kPart * ROW_TILES + tile_of_warp) * 64 + g * 8 + (first_word + r) * 2;
           const uint32_t pair = *reinterpret_cast<const uint32_t*>(weights + kScalesAt + slot * 2);
           Scale scale = {{__byte_perm(pair, 0, 0x1010), __byte_perm(pair, 0, 0x3232)}, {}};
@@ -382,30 +443,50 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
 #pragma unroll
           for (int step = s; step < s + kSteps; ++step) apply_scale(a[step], step, scale, p.shift);
         }
-        fence_wgmma();
+        const uint32_t box = ring / 16 + stage * (kStageBytes / 16) + k_tile * (kBox / 16);
+        if constexpr (kScaleSums) {
+          const bool fresh = piece / WORDS % kSumTiles == 0;
+          if (fresh) {
+            wait_wgmma<0>();
+            add_scaled(r);
+            const int slot = (k_tile * 64 / kPart * ROW_TILES + tile_of_warp) * 64 + g * 8 + (first_word + r) * 2;
+            const uint32_t pair = *reinterpret_cast<const uint32_t*>(weights + kScalesAt + slot * 2);
+            scale_of[r][0] = T::to_float(uint16_t(pair)) * kUnit, scale_of[r][1] = T::to_float(uint16_t(pair >> 16)) * kUnit;
+          }
+          fence_wgmma();
+          if (fresh) wgmma<false>(dot[r], a[0], descriptor(box));
+          else wgmma<true>(dot[r], a[0], descriptor(box));
 #pragma unroll
-        for (int s = 0; s < 4; ++s) wgmma(acc[r], a[s], descriptor(ring + stage * kStageBytes + k_tile * kBox + s * 32));
+          for (int s = 1; s < 4; ++s) wgmma<true>(dot[r], a[s], descriptor(box + s * 2));
+        } else {
+          fence_wgmma();
+#pragma unroll
+          for (int s = 0; s < 4; ++s) wgmma<true>(acc[r], a[s], descriptor(box + s * 2));
+        }
         commit_wgmma();
         if (piece % kPieces == kPieces - 1 && ++stage == STAGES) stage = 0, phase ^= 1;
       }
     }
     wait_wgmma<0>();
 #pragma unroll
-    for (int r = 0; r < WORDS; ++r)
-#pragma unroll
-      for (int e = 0; e < TOKENS / 2; ++e) asm volatile("" : "+f"(acc[r][e])::"memory");  // not read before the wait
+    for (int r = 0; r < WORDS; ++r) {
+      if constexpr (kScaleSums) add_scaled(r);
+      else landed(acc[r]);
+    }
 #pragma unroll
     for (int i = kLag; i > 0; --i) release(i, turns >= i);
+    if (SPLIT) arrive_at_cluster();  // done with the ring
 
     // Stores a unit's sums of 8 tokens and 16 rows, transposed so that a lane has neighbouring rows.
-    const int first_row = tile.row_block * 64 * ROW_TILES + tile_of_warp * 64 + first_word * 16;
+    const int first_row = tile.row_block * 64 * ROW_TILES + tile_of_warp * 64 + own_word * 16;
     const int first_token = tile.token_block * TOKENS + g;
     uint16_t* const y = p.y + size_t(first_token) * p.N + first_row + 2 * t;
     float bias[WORDS][2] = {};
 #pragma unroll
     for (int i = 0; i < 2 * WORDS; ++i)
       if (p.bias && first_row + i * 8 + g < p.N) bias[i / 2][i % 2] = T::to_float(p.bias[first_row + i * 8 + g]);
-    auto store = [&](int r, int column, const float (&sum)[4]) {
+    auto store = [&](int unit, const float (&sum)[4]) {
+      const int r = unit / kColumns, column = unit % kColumns;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float b = r == 0 ? bias[0][h] : bias[WORDS - 1][h];
@@ -425,59 +506,57 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
 #pragma unroll
       for (int e = 0; e < 4; ++e) v[e] = acc[unit / kColumns][unit % kColumns * 4 + e];
     };
-    if constexpr (K_GROUPS > 1) {  // the first group of warpgroups along k adds the sums of the others, over the ring
-      float4* const sums = reinterpret_cast<float4*>(shared) + thread;
+    // Sums in shared memory, over the ring: [unit][of how many][thread]. First those of the groups of warps along k, ...
+    constexpr int kRowThreads = 32 * kRowWarps;
+    float4* const sums = reinterpret_cast<float4*>(shared);
+    auto add_up = [&](const float4* from, int count, float (&sum)[4]) {
+      for (int i = 0; i < count; ++i) {
+        const float4 v = from[i * kRowThreads];
+        sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+      }
+    };
+    // ... behind them those of the cluster's blocks. Block u % splits adds up unit u.
+    constexpr int kInbox = K_GROUPS > 1 ? K_GROUPS * kUnits * kRowThreads : 0;
+    int owner = 0, first_of_slot = 0;  // of the unit that is sent next: unit % splits, unit - owner
+    auto skip_units = [&](int count) {
+      for (owner += count; owner >= p.splits; owner -= p.splits) first_of_slot += p.splits;
+    };
+    auto send_unit = [&](const float (&v)[4]) {
+      send(owner, ring + (kInbox + (first_of_slot + split) * kRowThreads + thread) * 16, v, sent);
+      skip_units(K_GROUPS);
+    };
+    if constexpr (K_GROUPS > 1) {
       sync_consumers();
-      if (k_group > 0) {
-#pragma unroll
-        for (int unit = 0; unit < kUnits; ++unit) {
-          float v[4];
-          unit_sums(unit, v);
-          sums[((k_group - 1) * kUnits + unit) * 32 * kRowWarps] = make_float4(v[0], v[1], v[2], v[3]);
-        }
-      }
-      sync_consumers();
-      if (k_group == 0) {
-#pragma unroll
-        for (int unit = 0; unit < kUnits; ++unit) {
-#pragma unroll
-          for (int other = 0; other < K_GROUPS - 1; ++other) {
-            const float4 v = sums[(other * kUnits + unit) * 32 * kRowWarps];
-            float* const sum = &acc[unit / kColumns][unit % kColumns * 4];
-            sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
-          }
-        }
-      }
-    }
-    if (p.splits > 1) {
-      sync_cluster();  // all blocks are done with their rings
-      if (k_group == 0) {
-        int owner = 0, slot = 0;
-#pragma unroll
-        for (int unit = 0; unit < kUnits; ++unit) {
-          float v[4];
-          unit_sums(unit, v);
-          store_to_block(owner, ring + ((slot * p.splits + split) * 32 * kRowWarps + thread) * 16, v);
-          if (++owner == p.splits) owner = 0, ++slot;
-        }
-      }
-      sync_cluster();
-      // All groups take units.
-      for (int slot = k_group; slot * p.splits + split < kUnits; slot += K_GROUPS) {
-        float sum[4] = {};
-        for (int i = 0; i < p.splits; ++i) {
-          const float4 v = reinterpret_cast<const float4*>(shared)[(slot * p.splits + i) * 32 * kRowWarps + thread];
-          sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
-        }
-        const int unit = slot * p.splits + split;
-        store(unit / kColumns, unit % kColumns, sum);
-      }
-    } else if (k_group == 0) {
 #pragma unroll
       for (int unit = 0; unit < kUnits; ++unit) {
         float v[4];
         unit_sums(unit, v);
-        store(unit / kColumns, unit % kColumns, v);
+        sums[(unit * K_GROUPS + k_group) * kRowThreads + thread] = make_float4(v[0], v[1], v[2], v[3]);
+      }
+      sync_consumers();
+      if (SPLIT) wait_for_cluster(), skip_units(k_group);  // all blocks are done with their rings
+      for (int unit = k_group; unit < kUnits; unit += K_GROUPS) {
+        float sum[4] = {};
+        add_up(sums + unit * K_GROUPS * kRowThreads + home, K_GROUPS, sum);
+        if (SPLIT) send_unit(sum);
+        else store(unit, sum);
+      }
+    } else {
+      if (SPLIT) wait_for_cluster();
+#pragma unroll
+      for (int unit = 0; unit < kUnits; ++unit) {
+        float v[4];
+        unit_sums(unit, v);
+        if (SPLIT) send_unit(v);
+        else store(unit, v);
+      }
+    }
+    if constexpr (SPLIT) {
+      wait_for_sent(sent);
+      for (int unit = k_group * p.splits + split; unit < kUnits; unit += K_GROUPS * p.splits) {
+        float sum[4] = {};
+        add_up(sums + kInbox + (unit - split) * kRowThreads + (K_GROUPS > 1 ? thread : home), p.splits, sum);
+        store(unit, sum);
       }
     }
   }

@@ -2,11 +2,11 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .problem import TILE, Problem
 
-TOKENS = (24, 32, 48, 64, 96, 128, 256)  # that hopper.cu has a wgmma for
+TOKENS = (8, 16, 24, 32, 48, 64, 96, 128, 256)  # that hopper.cu has a wgmma for
 MAX_SPLITS = 8
 _SHARED = 227 * 1024  # of a block; an SM has 1 KiB more, of which the system takes 1 KiB a block
 
@@ -40,7 +40,7 @@ class HopperConfig:
     @property
     def turn_tiles(self) -> int:
         """k tiles of a turn."""
-        return 4 if self.k_groups == 4 else 1 if self.tokens > 128 else 2
+        return 1 if self.tokens > 128 else 2 * max(self.k_groups // self.words, 1)
 
     def split_turns(self, problem: Problem) -> int:
         """Turns of one of ``splits`` blocks; an even number where a turn is one k tile."""
@@ -51,7 +51,7 @@ class HopperConfig:
 def stage_bytes(problem: Problem, config: HopperConfig) -> int:
     """Shared memory of a turn: x, planes, scales, zeros."""
     turn = TILE * config.turn_tiles
-    part = next(k for k in (turn, 128, 64, 32, 16) if max(problem.group_size, 0) % k == 0)
+    part = next(k for k in (512, 256, 128, 64, 32, 16) if k <= turn and max(problem.group_size, 0) % k == 0)
     scales = turn // part * config.row_tiles * (384 if problem.zeros else 128)
     size = config.turn_tiles * (config.tokens * 128 + config.row_tiles * problem.planes * 512) + scales
     return -(-size // 1024) * 1024
@@ -66,18 +66,15 @@ def stages(problem: Problem, config: HopperConfig) -> int:
 def barriers_offset(problem: Problem, config: HopperConfig) -> int:
     """Shared memory before the barriers: the ring, or the partial sums that follow in the same place."""
     units = config.tokens // 8 * config.words
-    partial = (
-        max((config.k_groups - 1) * units, -(-units // config.splits) * config.splits)
-        * config.row_tiles
-        * 2048
-        // config.words
-    )
+    of_groups = config.k_groups * units if config.k_groups > 1 else 0
+    of_blocks = -(-units // config.splits) * config.splits if config.splits > 1 else 0
+    partial = (of_groups + of_blocks) * config.row_tiles * 2048 // config.words
     return max(stages(problem, config) * stage_bytes(problem, config), partial)
 
 
 def shared_bytes(problem: Problem, config: HopperConfig) -> int:
     """Dynamic shared memory of a block."""
-    return barriers_offset(problem, config) + 16 * stages(problem, config)
+    return barriers_offset(problem, config) + 16 * stages(problem, config) + 8
 
 
 def defines(problem: Problem, config: HopperConfig) -> dict[str, str]:
@@ -89,6 +86,7 @@ def defines(problem: Problem, config: HopperConfig) -> dict[str, str]:
         "K_GROUPS": str(config.k_groups),
         "STAGES": str(stages(problem, config)),
         "BLOCKS": str(config.blocks),
+        "SPLIT": str(int(config.splits > 1)),
     }
 
 
@@ -97,9 +95,10 @@ def supports(config: HopperConfig, problem: Problem) -> bool:
     return (
         problem.sm == 90
         and config.tokens in TOKENS
-        and config.row_tiles in (2, 4)
-        and config.words == (2 if config.tokens <= 128 else 1)
-        and (config.words == 2 or config.k_groups == 1)
+        and config.row_tiles in (1, 2, 4)
+        and config.words in (1, 2)
+        and config.row_tiles % config.words == 0
+        and (config.tokens <= 128 or config.words * config.k_groups == 1)
         and config.threads in (384, 640)
         and config.threads * config.blocks <= 768
         and stages(problem, config) >= (4 if config.turn_tiles == 1 else 2)
@@ -113,28 +112,45 @@ def supports(config: HopperConfig, problem: Problem) -> bool:
 def choose(problem: Problem) -> HopperConfig | None:
     """The tile of least estimated cost; None where linear.cu is the better kernel, or the only one."""
     p = problem
-    if (
-        p.sm != 90 or p.M <= 16
-    ):  # H200, 2026-11-22: at 24 tokens hopper.cu is faster nearly everywhere, at 16 it seldom is
+    # H200, 2026-11-22: from 9 tokens on hopper.cu is faster nearly everywhere; to 16, timed only where it scales sums.
+    scales_sums = not p.shift and max(p.group_size, 0) % TILE == 0
+    if p.sm != 90 or p.M <= 8 or (p.M <= 16 and not scales_sums):
         return None
-    return min((c for c in _candidates(p) if supports(c, p)), key=lambda c: _cost(p, c), default=None)
+    best = min((c for c in _candidates(p) if supports(c, p)), key=lambda c: _cost(p, c), default=None)
+    return best and _overlapping(p, best)
+
+
+def _overlapping(p: Problem, c: HopperConfig) -> HopperConfig:
+    """The tile for a small layer: half an SM a block, so that the next call starts meanwhile, which `_cost` misses."""
+    clusters = -(-p.N // c.rows) * -(-p.M // c.tokens)
+    if c.k_groups != 4 or p.planes > 4 or p.K > 4096 or clusters > 132:
+        return c
+    splits = next(s for s in (3, 2, 1) if clusters * s <= 132)
+    half = replace(c, k_groups=2, blocks=2, splits=splits)
+    return half if half in _candidates(p) and supports(half, p) else c
 
 
 def _candidates(p: Problem) -> Iterator[HopperConfig]:
     """Tiles that were the fastest somewhere."""
-    tokens = {next((t for t in TOKENS if t >= p.M), 128)}
-    tokens |= {t for t in (64, 96) if t < p.M <= 2 * t}
-    for t, splits in itertools.product(sorted(min(t, 128) for t in tokens), _CLUSTERS[1]):
-        if t > 32:
-            yield HopperConfig(2, 2, t, 2, 1, splits)
+    tokens = {next(t for t in TOKENS if t >= min(p.M, 128))}
+    tokens |= {t for t in (32, 48, 64, 96) if t < p.M <= 2 * t}
+    tokens |= {64} if 192 <= p.M <= 512 else set()
+    tokens |= {256} if p.M >= 192 else set()
+    many_scales = p.group_size > 0 and p.group_size % 32  # take registers
+    for t, splits in itertools.product(sorted(tokens), _CLUSTERS[1]):
+        if t >= 48:
+            yield HopperConfig(2, 1, t, 1, 1, splits)
+        if t <= 96:
+            yield HopperConfig(2, 1, t, 2, 1, splits)
+        if 48 <= t <= 128:
             yield HopperConfig(4, 2, t, 1, 1, splits)
-            continue
-        yield HopperConfig(2, 2, t, 4, 1, splits)
-        if p.group_size % 32 == 0 or p.group_size == -1:  # many scales take registers
-            yield HopperConfig(2, 2, t, 2, 2, splits)
-    if p.M >= 192:
-        for splits in _CLUSTERS[1]:
-            yield HopperConfig(2, 1, 256, 1, 1, splits)
+        if t == 96 or (t == 128 and p.planes <= 4):
+            yield HopperConfig(1, 1, t, 2, 1, splits)
+        if t <= 64:
+            yield HopperConfig(1, 1, t, 4, 1, splits)
+        if t <= 64 and not many_scales:
+            yield HopperConfig(2, 1, t, 1, 2, splits)
+            yield HopperConfig(1, 1, t, 2, 2, splits)
 
 
 # By blocks an SM and blocks of a cluster: clusters that an H200 runs at once (cuOccupancyMaxActiveClusters). Its 132
@@ -148,19 +164,23 @@ _CLUSTERS = {
 def _cost(p: Problem, c: HopperConfig) -> float:
     """A number that ranks tiles.
 
-    Its constants were fitted to 2700 times on an H200, 2026-11-22 (fp16, groups of 128, 2, 4 and 8 bits, M 24 to 4096,
-    2048 x 2048 to 16384 x 16384, 6144 x 4096, 28672 x 4096, 4096 x 14336): what it chooses takes 0.9 % longer than the
-    best tile in the mean, 16 % at most.
+    Its constants were fitted to 2400 times on an H200, 2026-11-22 (fp16, groups of 128, 2, 4 and 8 bits, M 9 to 512,
+    2048 x 2048 to 16384 x 16384, 6144 x 4096, 28672 x 4096, 4096 x 14336), and to 2 kinds of tiles of an earlier
+    kernel from M = 1024 on: what it chooses
+    (with `_overlapping`) takes 1.9 % longer than the best tile in the mean, 14 % at most.
     """
     clusters = -(-p.N // c.rows) * -(-p.M // c.tokens)
+    blocks = clusters * c.splits
     waves = -(-clusters // _CLUSTERS[c.blocks][c.splits])
+    together = min(max(blocks / 132, 1.0), c.blocks)  # blocks that share an SM
     turns = -(-p.k_tiles // (2 * c.splits))  # of 128 k
     sums = c.row_tiles * c.tokens
     multiply = 4 * sums
-    decode = c.row_tiles * (169 + 8.4 * p.planes) * (1.9 if c.k_groups == 4 else 1)
-    fetch = 0.67 * c.tokens + 2.8 * c.row_tiles * p.planes
-    turn = (multiply**1.55 + decode**1.55 + fetch**1.55) ** (1 / 1.55)
-    if c.blocks == 2:
-        turn *= max(1.0, 2.5 * min(clusters * c.splits / waves / 132, 2))
-    reduction = (9.4 * sums + 630 if c.splits > 1 else 0) + (4.4 * sums if c.k_groups > 1 else 0)
-    return waves * (turns * turn + reduction + 18700)
+    decode = c.row_tiles * (167.6 + 4.397 * p.planes) * (0.6926 if c.tokens <= 32 and c.words == 1 else 1)
+    fetch = 3.368 * c.tokens + 2.991 * c.row_tiles * p.planes
+    throughput = together * (multiply**1.292 + decode**1.292 + fetch**1.292) ** (1 / 1.292)
+    latency = (541.7 + 9.627 * p.planes + 0.4304 * c.tokens) * c.words / c.k_groups * (0.486 if c.k_groups == 4 else 1)
+    turn = (throughput**3.585 + latency**3.585) ** (1 / 3.585)
+    reduction = (17.43 * sums + 11 if c.splits > 1 else 0) + (7.322 * sums * c.k_groups if c.k_groups > 1 else 0)
+    start = 9161 if c.blocks == 2 else 2920 if c.k_groups == 4 else 2750
+    return waves * (turns * turn + together * reduction + 4893) + start
