@@ -133,12 +133,12 @@ def check_decoding(checks: Checks) -> None:
     warmup(
         [
             problem_of({"N": N, "K": K, "bits": b, "dtype": d, "group_size": 64, "rule": r, "resident": h}, M)
-            for (b, d, r, h), M in itertools.product(cases, (2, K))
+            for (b, d, r, h), M in itertools.product(cases, (2, 16, 32, K))
         ]
     )
     for bits, dtype, rule, resident in cases:
         layer = Layer(N, K, bits, dtype, 64, rule, resident)
-        for M in (2, K):
+        for M in (2, 16, 32, K):  # few.cu; hopper.cu, which scales sums or weights
             one_hot = torch.eye(K, device="cuda", dtype=DTYPES[dtype]).split(M)
             y = torch.cat([layer(x) for x in one_hot])
             wrong = float((layer.weight.to(DTYPES[dtype]) != y.T).float().mean())
@@ -199,7 +199,8 @@ def product_cases(quick: bool) -> Iterator[tuple[dict[str, Any], int]]:
     for (N, K), bits, M in itertools.product(shapes, (2, 3, 4, 6, 8), (1, 2, 3, 16, 33, 130, 257, 1000)):
         yield {"N": N, "K": K, "bits": bits, "group_size": 16 if K % 64 else 64}, M
     # Every family of hopper.cu's tiles that `choose` takes, with all ways of holding weights.
-    for (N, K), M in itertools.product(((4096, 4096), (28672, 1024), (4096, 14336)), (17, 24, 48, 200, 512)):
+    shapes = [(2048, 2048), (4096, 4096), (8192, 1024), (28672, 1024), (4096, 14336)]
+    for (N, K), M in itertools.product(shapes, (9, 16, 24, 32, 48, 64, 96, 128, 200, 512)):
         for zeros, (resident, rule), (bits, dtype) in zip(
             (False, True, False, True, True), (*holds, *holds[1:]), itertools.product((4, 7, 2), DTYPES), strict=False
         ):
@@ -276,7 +277,7 @@ def check_determinism(checks: Checks) -> None:
 
 def check_graph(checks: Checks) -> None:
     """Chained layers in a CUDA graph, with programmatic launches between ours and torch's kernels between."""
-    for M in (1, 4, 40, 300):
+    for M in (1, 4, 12, 40, 100, 300):
         check_graph_of(checks, M)
 
 

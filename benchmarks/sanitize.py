@@ -21,9 +21,11 @@ CASES = [  # bits, M, N, K, group_size, zeros, resident
     (7, 8, 128, 4096, -1, False, True),
     (6, 600, 300, 640, 128, False, False),
     (5, 20, 601, 4160, -1, True, True),
-    # hopper.cu: four groups of warps along k; four row tiles; 256 tokens, whole, in a ring that goes on, and split
+    # hopper.cu: one row tile, two and four groups of warps along k; four row tiles; rings that go on; 256 tokens, split
+    (4, 12, 4096, 1024, 128, False, False),
     (4, 17, 3000, 1024, 128, False, False),
     (2, 64, 28672, 256, 128, False, True),
+    (8, 100, 28672, 256, 128, False, False),
     (4, 512, 17000, 256, 64, False, False),
     (4, 520, 512, 8192, 128, True, False),
     # few.cu: several chunks of x, ragged N and K, all kinds of weights
