@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from transformers import Phi3Config, Phi3ForCausalLM, Qwen2MoeConfig, Qwen2MoeFo
 
 import matgptq
 import vllm_matgptq
+import vllm_matgptq.linear
+from matgptq.overlap import WaitFirst
 
 MIXED = {"*.q_proj": 3, "*.k_proj": 4, "*.v_proj": 4, "*.gate_proj": 6, "*.up_proj": 2, "*": 8}
 
@@ -155,6 +158,11 @@ def test_the_width_is_fixed_unless_the_weights_are_resident(folder):
 
 def test_compiled_code_does_not_hold_the_width(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    # with the options that a Hopper GPU is given: here they change nothing, but are hashed, copied and called
+    monkeypatch.setattr(vllm_matgptq.linear, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    graphs = []
+    monkeypatch.setattr(WaitFirst, "__call__", lambda self, nodes: graphs.append(len(nodes)) or nodes)
     arguments = {"enforce_eager": False, "max_num_seqs": 1, "compilation_config": {"cudagraph_capture_sizes": []}}
 
     def check(bits):
@@ -165,6 +173,7 @@ def test_compiled_code_does_not_hold_the_width(folder, tmp_path, monkeypatch):
 
     check(4)
     assert list(tmp_path.rglob("*.cpp"))  # it was compiled
+    assert graphs
     check(MIXED)
 
 
