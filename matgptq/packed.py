@@ -66,12 +66,12 @@ class PackedLinear(MatGPTQLinear):
         else:
             planes = pack_codes(read_slices(layer.qweight, layer.bits, layer.rule, layer.master_bits), layer.bits)
         self.register_buffer("planes", planes)
+        zeros = _unit_zeros(layer, shift)
         shared = [] if set(self.own_widths) == set(self._widths) else ["scales"]
         for name in (*shared, *(f"scales_{b}" for b in self.own_widths)):
             scales = getattr(layer, name).float() / 2**shift
-            check_scales(scales, dtype, f"{layer.name}.{name}".lstrip("."))
+            check_scales(scales, dtype, f"{layer.name}.{name}".lstrip("."), zeros)
             self.register_buffer(name, pack_scales(scales.to(dtype)))
-        zeros = _unit_zeros(layer, shift)
         self.register_buffer("unit_zeros", None if zeros is None else pack_scales(zeros))
         self.register_buffer("perm", layer.perm)
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(dtype), False)
@@ -293,12 +293,18 @@ def warmup(model: nn.Module, tokens: Iterable[int] = (1, 2, 4, 8, 16, 32, 64)) -
         compile_and_load({layer.problem(m) for layer in there for m in tokens}, device)
 
 
-def check_scales(scales: Tensor, dtype: torch.dtype, name: str) -> None:
-    """Raise a ValueError if a weight ``scales * (level - zero)`` may be beyond ``dtype``, whatever its code."""
-    most = torch.finfo(dtype).max / 2**MAX_BITS
-    largest = scales.abs().max().item()
+def check_scales(scales: Tensor, dtype: torch.dtype, name: str, zeros: Tensor | None = None) -> None:
+    """Raise a ValueError if a weight ``scales * (level - zeros)`` may be beyond ``dtype``, whatever its code.
+
+    Hopper's kernel makes weights of all codes, those of padding too, whose x is 0: Inf times 0 would be NaN.
+    """
+    top = 2**MAX_BITS
+    levels = top if zeros is None else torch.maximum(zeros.abs(), (top - zeros).abs()).clamp(min=top)
+    largest = (scales.abs() * levels).max().item() / top
+    most = torch.finfo(dtype).max / top
     if largest > most:
-        raise ValueError(f"{name} must be at most {most:g} in {dtype}, for weights to be finite, got {largest:g}")
+        of = "" if zeros is None else " with its zeros"
+        raise ValueError(f"{name}{of} must be at most {most:g} in {dtype}, for weights to be finite, got {largest:g}")
 
 
 def _gain(rule: str, shift: int) -> float:

@@ -170,6 +170,19 @@ def test_scales_whose_weights_overflow_are_refused():
     assert PackedLinear(made, dtype=torch.bfloat16).widths == made.widths
 
 
+def test_scales_too_large_with_their_zeros_are_an_error():
+    made = layer(sym=False)
+    made.scales[3, 1] = 200
+    made.zeros[:] = 128
+    assert PackedLinear(made, dtype=torch.float16).widths == made.widths
+    made.zeros = made.zeros.float()
+    made.zeros[3, 1] = 400
+    with pytest.raises(
+        ValueError, match=r"^scales with its zeros must be at most 255\.875 in torch\.float16, .* got 312"
+    ):
+        PackedLinear(made, dtype=torch.float16)
+
+
 def test_packing_lets_go_of_each_layer_as_it_goes():
     model = nn.ModuleDict({name: layer() for name in "abcd"})
     alive = [weakref.ref(model[name]) for name in "abcd"]

@@ -17,6 +17,7 @@ _KERNEL = b"matgptq_linear"
 _PARAMS = struct.Struct("6Q10if4x")  # linear.cu, Params
 _HOPPER = struct.Struct("128s5Q10if44x")  # hopper.cu, Params
 _MANY_MAPS = 1024  # tensor maps that a launcher keeps
+_lock = threading.Lock()
 _thread = threading.local()  # a launch writes its parameters into memory of its thread: the driver copies them
 
 
@@ -49,7 +50,8 @@ class Launcher:
         self.checked: set[tuple[int, ...]] = set()  # operands that matmul has checked
         function = _load(tuple(defines(problem, config).items()), architecture(problem, config), device)
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _check(driver.cuFuncSetAttribute(function, limit, max(shared, _shared_of(function))))
+        with _lock:  # other problems of the same kernel may ask for more
+            _check(driver.cuFuncSetAttribute(function, limit, max(shared, _shared_of(function))))
         self._function = int(function)
         self._attributes = []
         if problem.sm >= 90 and config.splits > 1:
