@@ -421,27 +421,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
 #pragma unroll
         for (int plane = 0; plane < kPlanes; ++plane) unit[plane] = words[plane][r];
         Decode::decode(unit, a);
-        constexpr int kSteps = kPart < 64 ? kPart / 16 : 4;  // that share a scale
+        if constexpr (kScaleSums) {
 #pragma unroll
-        for (int s = 0; s < 4; s += kSteps) {
-          if constexpr (kScaleSums) {
+          for (int step = 0; step < 4; ++step) apply_scale(a[step], step, {}, 0);
+        } else {
+          constexpr int kSteps = kPart < 64 ? kPart / 16 : 4;  // that share a scale
 #pragma unroll
-            for (int step = 0; step < 4; ++step) apply_scale(a[step], step, {}, 0);
-            break;
+          for (int s = 0; s < 4; s += kSteps) {
+            const int slot = ((k_tile * 64 + s * 16) / kPart * ROW_TILES + tile_of_warp) * 64 + g * 8 + (first_word + r) * 2;
+            const uint32_t pair = *reinterpret_cast<const uint32_t*>(weights + kScalesAt + slot * 2);
+            Scale scale = {{__byte_perm(pair, 0, 0x1010), __byte_perm(pair, 0, 0x3232)}, {}};
+            if constexpr (SHIFT == 0 && BITS < 5) {
+#pragma unroll
+              for (int h = 0; h < 2; ++h) scale.pair[h] = T::mul2(scale.pair[h], packed_integer<T>(int(kUnit)));
+            }
+            if constexpr (SHIFT == 2) {
+              const float2 zeros = *reinterpret_cast<const float2*>(weights + kZerosAt + slot * 4);
+              scale.zero[0] = zeros.x, scale.zero[1] = zeros.y;
+            }
+#pragma unroll
+            for (int step = s; step < s + kSteps; ++step) apply_scale(a[step], step, scale, p.shift);
           }
-          const int slot = ((k_tile * 64 + s * 16) / kPart * ROW_TILES + tile_of_warp) * 64 + g * 8 + (first_word + r) * 2;
-          const uint32_t pair = *reinterpret_cast<const uint32_t*>(weights + kScalesAt + slot * 2);
-          Scale scale = {{__byte_perm(pair, 0, 0x1010), __byte_perm(pair, 0, 0x3232)}, {}};
-          if constexpr (SHIFT == 0 && BITS < 5) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) scale.pair[h] = T::mul2(scale.pair[h], packed_integer<T>(int(kUnit)));
-          }
-          if constexpr (SHIFT == 2) {
-            const float2 zeros = *reinterpret_cast<const float2*>(weights + kZerosAt + slot * 4);
-            scale.zero[0] = zeros.x, scale.zero[1] = zeros.y;
-          }
-#pragma unroll
-          for (int step = s; step < s + kSteps; ++step) apply_scale(a[step], step, scale, p.shift);
         }
         const uint32_t box = ring / 16 + stage * (kStageBytes / 16) + k_tile * (kBox / 16);
         if constexpr (kScaleSums) {

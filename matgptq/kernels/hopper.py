@@ -166,8 +166,8 @@ def _cost(p: Problem, c: HopperConfig) -> float:
 
     Its constants were fitted to 2400 times on an H200, 2026-11-22 (fp16, groups of 128, 2, 4 and 8 bits, M 9 to 512,
     2048 x 2048 to 16384 x 16384, 6144 x 4096, 28672 x 4096, 4096 x 14336), and to 2 kinds of tiles of an earlier
-    kernel from M = 1024 on: what it chooses
-    (with `_overlapping`) takes 1.9 % longer than the best tile in the mean, 14 % at most.
+    kernel from M = 1024 on: what it chooses (with `_overlapping`) takes 1.9 % longer than the best tile in the mean,
+    14 % at most.
     """
     clusters = -(-p.N // c.rows) * -(-p.M // c.tokens)
     blocks = clusters * c.splits
