@@ -120,7 +120,7 @@ def main() -> None:
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
     if on_gpu:
-        torch.cuda.set_device(device)  # whose memory is told
+        torch.cuda.set_device(device.index or 0)  # whose memory is told
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",
         "torch": torch.__version__,

@@ -34,7 +34,13 @@ from typing import Any
 ROOT = Path(__file__).parent
 GIB = 2**30
 NAMES = {"bf16": "bf16", "marlin": "GPTQ 4 bit g128, Marlin", "gptq": "GPTQ 4 bit g128, vLLM's default"}
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False}
+LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+LAYERS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+GPTQ = {
+    **{"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False},
+    "modules_in_block_to_quantize": [LAYERS],  # else vLLM looks for them in the weights' file, which is not there
+}
+COMPUTED_BY = {"bf16": "UnquantizedLinearMethod", "marlin": "MarlinLinearKernel", "gptq": "LinearKernel"}
 OTHER_KERNELS = "MacheteLinearKernel,CutlassW4A8LinearKernel,AllSparkLinearKernel,ConchLinearKernel,ExllamaLinearKernel"
 
 
@@ -52,7 +58,9 @@ def write_config(dense: dict[str, Any], engine: str, options: argparse.Namespace
 
 
 def memory(worker: Any) -> dict[str, Any]:
-    """Run on the worker: what the weights weigh, and the most that was allocated until they were all there."""
+    """Run on the worker: what the weights weigh, the most that was allocated by then, and what multiplies by them."""
+    from vllm.model_executor.layers.linear import LinearBase
+
     from vllm_matgptq.linear import FusedLinear
 
     model = worker.model_runner.get_model()
@@ -60,8 +68,12 @@ def memory(worker: Any) -> dict[str, Any]:
     storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     peaks = [module.peak_bytes for module in model.modules() if isinstance(module, FusedLinear)]
-    weights = sum(sizes.values()) / GIB
-    return {"weights_gib": round(weights, 3), "load_peak_gib": round(max(peaks) / GIB, 3) if peaks else None}
+    methods = [module.quant_method for module in model.modules() if isinstance(module, LinearBase)]
+    return {
+        "weights_gib": round(sum(sizes.values()) / GIB, 3),
+        "load_peak_gib": round(max(peaks) / GIB, 3) if peaks else None,
+        "computed_by": sorted({type(getattr(method, "kernel", method)).__name__ for method in methods}),
+    }
 
 
 def generate(llm: Any, batch: int, prompt: int, new: int, seed: int = 0, **sampling: Any) -> tuple[float, list[Any]]:
@@ -183,6 +195,9 @@ def run_engine(engine: str, folder: Path, options: argparse.Namespace, results: 
             **arguments,
         )
         head = {"start_seconds": round(time.perf_counter() - start, 1), **llm.collective_rpc(memory)[0]}
+        asked = COMPUTED_BY.get(engine, "MatGPTQLinearMethod")
+        if not all(name.endswith(asked) for name in head["computed_by"]):
+            raise RuntimeError(f"{engine}'s linear layers must be computed by {asked}, got {head['computed_by']}")
         device = llm.collective_rpc(device_name)[0]
         results.send({"device": device, "vllm": vllm.__version__, "torch": torch.__version__})
         for bits in options.bits if engine == "resident" else [None]:

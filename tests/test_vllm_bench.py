@@ -22,15 +22,16 @@ def geometry(tmp_path):
 
 
 def test_one_engine_is_measured_at_each_width(geometry):
-    command = [sys.executable, ROOT / "bench_vllm_e2e.py", "--arch", geometry, "--engines", "resident"]
+    command = [sys.executable, ROOT / "bench_vllm_e2e.py", "--arch", geometry, "--engines", "bf16", "resident"]
     command += ["--bits", "8", "3", "--group-size", "32", "--batch-sizes", "1", "2", "--output-len", "4", "--runs", "1"]
     command += ["--enforce-eager", "--kv-cache-gib", "0.1", "--out", geometry / "vllm.json"]
     subprocess.run(list(map(str, command)), check=True, timeout=300)
     report = json.loads((geometry / "vllm.json").read_text())
     assert report["device"] == "CPU"
-    assert [(row["linear"], row["bits"]) for row in report["results"]] == [
-        ("matgptq 8 bit, resident", 8),
-        ("matgptq 3 bit, resident", 3),
+    assert [(row["linear"], row["bits"], row["computed_by"]) for row in report["results"]] == [
+        ("bf16", 16, ["UnquantizedLinearMethod"]),
+        ("matgptq 8 bit, resident", 8, ["MatGPTQLinearMethod"]),
+        ("matgptq 3 bit, resident", 3, ["MatGPTQLinearMethod"]),
     ]
     assert all(seconds > 0 for row in report["results"] for seconds in row["seconds"].values())
 
