@@ -7,6 +7,7 @@ GPU. The model's own code computes the step, by `torch.compile` if asked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
+from .attention import attending
 from .inductor import step_options
 from .linear import quantized_layers
 from .packed import PackedLinear, warmup
@@ -152,13 +154,14 @@ class Decoder:
     def _next(self, input_ids: Tensor) -> Tensor:
         """The most likely token after ``input_ids``, which go into the cache."""
         logits = self.model(input_ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits
-        return logits[:, -1].argmax(-1, keepdim=True)
+        return _largest(logits[:, -1])
 
     def _advance(self) -> None:
         for layer in self._open:
             layer.width_at_run_time = True
         try:
-            self._token.copy_(self._compute(self._token))
+            with attending(self.model.config):
+                self._token.copy_(self._compute(self._token))
         finally:  # what others compile or export of the model is not changed
             for layer in self._open:
                 layer.width_at_run_time = False
@@ -179,6 +182,18 @@ class Decoder:
         arrived = torch.cuda.Event()
         arrived.record(torch.cuda.current_stream(self._token.device))
         return token, arrived
+
+
+def _largest(logits: Tensor) -> Tensor:
+    """The index of the largest of each row, ``(batch, 1)``, the first if there are several.
+
+    A row is too long for one block of a GPU: the best of each of many parts comes first.
+    """
+    parts = math.gcd(logits.shape[-1], 256)
+    each = logits.unflatten(-1, (parts, -1))
+    part = each.amax(-1).argmax(-1, keepdim=True)
+    best = each.gather(1, part.unsqueeze(-1).expand(-1, -1, each.shape[-1])).squeeze(1)
+    return part * each.shape[-1] + best.argmax(-1, keepdim=True)
 
 
 def chat_prompt(tokenizer: Any, text: str) -> str:

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import matgptq
-from matgptq.decode import Decoder, chat_prompt
+from matgptq.attention import NAME, attend, attending
+from matgptq.decode import Decoder, _largest, chat_prompt
 from matgptq.packed import pack
 from matgptq.quantizer.pipeline import quantize
 
@@ -34,6 +35,37 @@ def test_a_batch_and_a_decoder_used_twice(model):
     decoder = Decoder(model, batch_size=2, max_length=64)
     for prompt in (ids, ids[:, :5]):
         assert torch.equal(decoder.generate(prompt, 9), expected(model, prompt, 9))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_queries_that_share_a_key_head_are_attention_of_several(batch):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(batch, 6, 1, 16, generator=generator)
+    key, value = torch.randn(2, batch, 2, 9, 16, generator=generator)
+    mask = (torch.arange(9) < 7).view(1, 1, 1, 9)
+    got, weights = attend(torch.nn.Module(), query, key, value, mask, scaling=0.3, dropout=0.0)
+    repeated = (tensor.repeat_interleave(3, 1)[:, :, :7].double() for tensor in (key, value))
+    keys, values = repeated
+    want = (query.double() @ keys.mT * 0.3).softmax(-1) @ values
+    assert weights is None
+    torch.testing.assert_close(got.double(), want.transpose(1, 2), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_attends_otherwise_only_while_it_decodes(model):
+    assert model.config._attn_implementation == "sdpa"
+    with attending(model.config):
+        assert model.config._attn_implementation == NAME
+    assert model.config._attn_implementation == "sdpa"
+    model.config._attn_implementation = "eager"
+    with attending(model.config):
+        assert model.config._attn_implementation == "eager"
+    model.config._attn_implementation = "sdpa"
+
+
+@pytest.mark.parametrize("size", [1, 7, 256, 1280, 1003])
+def test_the_largest_is_the_first_of_the_largest(size):
+    logits = torch.randint(5, (4, size), generator=torch.Generator().manual_seed(size)).float()
+    assert torch.equal(_largest(logits), logits.argmax(-1, keepdim=True))
 
 
 def test_the_answer_fills_the_room_by_default(model):

@@ -57,7 +57,7 @@ def test_variants_compile_without_spills(arch, compilers):
     sm, shapes = ARCHITECTURES[arch]
     variants = {}
     for bits, M, (N, K), dtype, kind in itertools.product(
-        range(2, 9), (1, 16, 64), shapes, ("float16", "bfloat16"), KINDS
+        range(2, 9), (1, 4, 16, 64), shapes, ("float16", "bfloat16"), KINDS
     ):
         problem = Problem(M, N, K, bits, dtype, sm=sm, **kind)
         variants.setdefault((tuple(defines(problem, linear_choice(problem)).items()), arch), problem)
@@ -83,8 +83,8 @@ def test_hopper_variants_compile_without_spills(compilers):
     variants = {}
     for bits, M, (N, K), dtype, kind in itertools.product(
         (2, 4, 7, 8),
-        (12, 24, 32, 48, 64, 96, 128, 1024),
-        ((2048, 2048), (4096, 4096), (28672, 4096)),
+        (8, 12, 24, 32, 48, 64, 96, 128, 192, 256, 1024),
+        ((2048, 2048), (4096, 4096), (8192, 8192), (28672, 4096), (16384, 16384), (1024, 4096)),
         ("float16", "bfloat16"),
         KINDS,
     ):

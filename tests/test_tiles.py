@@ -46,7 +46,7 @@ def test_choose_covers_every_problem(sm):
             problem = Problem(M, N, K, bits, "float16", group_size, resident, rule, zeros, sm)
             few = few_choice(problem)
             assert few is None or (M <= 2 and few.few)
-            if M <= 8 or sm != 90:
+            if M <= 4 or sm != 90:
                 assert choose(problem) == (few or linear_choice(problem))
             for config in filter(None, (few, linear_choice(problem))):
                 assert supports(config, problem), (problem, config)
@@ -61,7 +61,7 @@ def test_choose_covers_every_problem(sm):
 def test_hopper_covers_every_problem_of_many_tokens():
     ways = [(False, "round"), (True, "round"), (True, "prefix")]
     for (N, K), bits, M, (resident, rule) in itertools.product(
-        SHAPES, range(2, 9), (9, 17, 64, 65, 190, 256, 1000, 8192), ways
+        SHAPES, range(2, 9), (9, 17, 40, 64, 65, 128, 190, 256, 500, 1000, 8192), ways
     ):
         for group_size, zeros in itertools.product((-1, 16, 48, 128), (False, True)):
             if group_size > 0 and K % group_size:
@@ -85,6 +85,9 @@ def test_tokens_choose_the_kernel():
     assert few_choice(Problem(1, 8192, 8192, 4, group_size=32)) is None
     assert defines(Problem(1, 8192, 8192, 4), choose(Problem(1, 8192, 8192, 4)))["KERNEL"] == "few"
     assert isinstance(choose(Problem(8, 8192, 8192, 4)), Config)
+    assert isinstance(choose(Problem(4, 8192, 8192, 8)), Config)
+    assert isinstance(choose(Problem(5, 8192, 8192, 8)), HopperConfig)
+    assert isinstance(choose(Problem(8, 8192, 8192, 8, zeros=True)), Config)
     assert isinstance(choose(Problem(9, 8192, 8192, 4)), HopperConfig)
     assert isinstance(choose(Problem(16, 8192, 8192, 4, zeros=True)), Config)
     assert isinstance(choose(Problem(17, 8192, 8192, 4, zeros=True)), HopperConfig)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .problem import TILE, Problem
 
@@ -112,75 +112,97 @@ def supports(config: HopperConfig, problem: Problem) -> bool:
 def choose(problem: Problem) -> HopperConfig | None:
     """The tile of least estimated cost; None where linear.cu is the better kernel, or the only one."""
     p = problem
-    # H200, 2026-11-22: from 9 tokens on hopper.cu is faster nearly everywhere; to 16, timed only where it scales sums.
+    # H200, 2026-11-23: hopper.cu is faster from 9 tokens on nearly everywhere, from 5 on where there are many planes.
+    # To 16 tokens it was timed only where it scales sums.
     scales_sums = not p.shift and max(p.group_size, 0) % TILE == 0
-    if p.sm != 90 or p.M <= 8 or (p.M <= 16 and not scales_sums):
+    many_planes = p.planes >= 8 or (p.planes >= 6 and p.row_tiles < 256)
+    if p.sm != 90 or p.M <= 4 or (p.M <= 8 and not many_planes) or (p.M <= 16 and not scales_sums):
         return None
-    best = min((c for c in _candidates(p) if supports(c, p)), key=lambda c: _cost(p, c), default=None)
-    return best and _overlapping(p, best)
+    if p.M <= 256:
+        return next((c for c in _tiles(p) if supports(c, p)), None)
+    return min((c for c in _candidates(p) if supports(c, p)), key=lambda c: _cost(p, c), default=None)
 
 
-def _overlapping(p: Problem, c: HopperConfig) -> HopperConfig:
-    """The tile for a small layer: half an SM a block, so that the next call starts meanwhile, which `_cost` misses."""
-    clusters = -(-p.N // c.rows) * -(-p.M // c.tokens)
-    if c.k_groups != 4 or p.planes > 4 or p.K > 4096 or clusters > 132:
-        return c
-    splits = next(s for s in (3, 2, 1) if clusters * s <= 132)
-    half = replace(c, k_groups=2, blocks=2, splits=splits)
-    return half if half in _candidates(p) and supports(half, p) else c
+def _tiles(p: Problem) -> Iterator[HopperConfig]:
+    """To 256 tokens: the best tile and what to take where it does not fit.
+
+    Measured on an H200, 2026-11-23: fp16, groups of 128, 2, 4 and 8 bits, M 8 to 256, 2048 x 2048 to 16384 x 16384,
+    6144 x 4096, 28672 x 4096, 4096 x 14336 (`benchmarks/results/h200/hopper_tiles.json`): 0.7 % longer than the fastest
+    tile in the mean. Blocks, in clusters that run at once, are to fill 132 SMs once.
+    """
+    t = next(t for t in TOKENS if t >= p.M) if p.M <= 128 else 96 if p.M <= 192 else 128
+    rows = p.row_tiles * -(-p.M // t)
+    few_planes, long = p.planes <= 6, p.k_tiles >= 128
+    two = p.group_size <= 0 or p.group_size % 32 == 0  # blocks an SM: many scales take registers
+    if p.M > 192 and p.row_tiles >= 256:
+        yield HopperConfig(2, 1, 256, 1, 1, 1)
+    if t <= 32:
+        if rows <= 44 and two:
+            yield from (HopperConfig(1, 1, t, 2, 2, splits) for splits in (6, 3) if rows * splits <= 132)
+        if rows <= 66:
+            if few_planes and not long and two:
+                yield HopperConfig(1, 1, t, 2, 2, 2)
+            if few_planes:
+                yield HopperConfig(1, 1, t, 4, 1, 2)
+            yield HopperConfig(1, 1, t, 2, 1, 2)
+        elif rows <= 132:
+            if few_planes and two:
+                yield HopperConfig(1, 1, t, 2, 2, 2)
+            if t <= 16:
+                yield HopperConfig(1, 1, t, 4, 1, 1)
+        elif two and (few_planes or rows > 264):
+            yield HopperConfig(2, 1, t, 1, 2, 2 if rows <= 264 else 1)
+        yield HopperConfig(1 if rows <= 132 else 2, 1, t, 2, 1, 1)
+    elif rows <= 33 or (rows <= 66 and t == 128 and not long):
+        if two and (t <= 64 or (t == 96 and few_planes)):
+            yield HopperConfig(1, 1, 48 if t == 96 else 32, 2, 2, 2)
+        yield HopperConfig(1, 1, 48 if t in (48, 96) else 64, 2, 1, 2 if rows <= 33 else 1)
+    elif rows <= 66:
+        yield HopperConfig(2, 1, t, 1, 1, 3) if t == 128 else HopperConfig(1, 1, t, 2, 1, 2)
+    elif rows <= 132:
+        if t <= 64 or (t == 96 and p.planes <= 3):
+            yield HopperConfig(1, 1, t, 2, 1, 1)
+        yield HopperConfig(2, 1, t, 1, 1, 2)
+    elif rows <= 264 and p.M > 96:
+        yield HopperConfig(2, 1, t, 1, 1, 1)
+    else:
+        yield HopperConfig(4, 2, t, 1, 1, 2 if rows <= 264 else 1)
+    yield from (HopperConfig(1, 1, min(t, 64), 2, 1, splits) for splits in (2, 1))
 
 
 def _candidates(p: Problem) -> Iterator[HopperConfig]:
-    """Tiles that were the fastest somewhere."""
-    tokens = {next(t for t in TOKENS if t >= min(p.M, 128))}
-    tokens |= {t for t in (32, 48, 64, 96) if t < p.M <= 2 * t}
-    tokens |= {64} if 192 <= p.M <= 512 else set()
-    tokens |= {256} if p.M >= 192 else set()
-    many_scales = p.group_size > 0 and p.group_size % 32  # take registers
-    for t, splits in itertools.product(sorted(tokens), _CLUSTERS[1]):
-        if t >= 48:
-            yield HopperConfig(2, 1, t, 1, 1, splits)
-        if t <= 96:
-            yield HopperConfig(2, 1, t, 2, 1, splits)
-        if 48 <= t <= 128:
+    """Beyond 256 tokens: tiles that were the fastest somewhere."""
+    for t, splits in itertools.product((64, 128, 256) if p.M <= 512 else (128, 256), _CLUSTERS):
+        yield HopperConfig(2, 1, t, 1, 1, splits)
+        if t <= 128:
             yield HopperConfig(4, 2, t, 1, 1, splits)
-        if t == 96 or (t == 128 and p.planes <= 4):
+        if t == 128 and p.planes <= 4:
             yield HopperConfig(1, 1, t, 2, 1, splits)
-        if t <= 64:
-            yield HopperConfig(1, 1, t, 4, 1, splits)
-        if t <= 64 and not many_scales:
-            yield HopperConfig(2, 1, t, 1, 2, splits)
-            yield HopperConfig(1, 1, t, 2, 2, splits)
+        if t == 64:
+            yield HopperConfig(2, 1, t, 2, 1, splits)
 
 
-# By blocks an SM and blocks of a cluster: clusters that an H200 runs at once (cuOccupancyMaxActiveClusters). Its 132
-# SMs come in groups of different sizes.
-_CLUSTERS = {
-    1: {1: 132, 2: 66, 3: 39, 4: 30, 6: 17, 8: 15},
-    2: {1: 264, 2: 132, 3: 79, 4: 62, 6: 39, 8: 30},
-}
+# By blocks of a cluster: clusters that an H200 runs at once, a block an SM (cuOccupancyMaxActiveClusters). Its 132 SMs
+# come in groups of different sizes.
+_CLUSTERS = {1: 132, 2: 66, 3: 39, 4: 30, 6: 17, 8: 15}
 
 
 def _cost(p: Problem, c: HopperConfig) -> float:
-    """A number that ranks tiles.
+    """A number that ranks tiles of a block an SM.
 
     Its constants were fitted to 2400 times on an H200, 2026-11-22 (fp16, groups of 128, 2, 4 and 8 bits, M 9 to 512,
     2048 x 2048 to 16384 x 16384, 6144 x 4096, 28672 x 4096, 4096 x 14336), and to 2 kinds of tiles of an earlier
-    kernel from M = 1024 on: what it chooses (with `_overlapping`) takes 1.9 % longer than the best tile in the mean,
-    14 % at most.
+    kernel from M = 1024 on.
     """
     clusters = -(-p.N // c.rows) * -(-p.M // c.tokens)
-    blocks = clusters * c.splits
-    waves = -(-clusters // _CLUSTERS[c.blocks][c.splits])
-    together = min(max(blocks / 132, 1.0), c.blocks)  # blocks that share an SM
+    waves = -(-clusters // _CLUSTERS[c.splits])
     turns = -(-p.k_tiles // (2 * c.splits))  # of 128 k
     sums = c.row_tiles * c.tokens
     multiply = 4 * sums
-    decode = c.row_tiles * (167.6 + 4.397 * p.planes) * (0.6926 if c.tokens <= 32 and c.words == 1 else 1)
+    decode = c.row_tiles * (167.6 + 4.397 * p.planes)
     fetch = 3.368 * c.tokens + 2.991 * c.row_tiles * p.planes
-    throughput = together * (multiply**1.292 + decode**1.292 + fetch**1.292) ** (1 / 1.292)
-    latency = (541.7 + 9.627 * p.planes + 0.4304 * c.tokens) * c.words / c.k_groups * (0.486 if c.k_groups == 4 else 1)
+    throughput = (multiply**1.292 + decode**1.292 + fetch**1.292) ** (1 / 1.292)
+    latency = (541.7 + 9.627 * p.planes + 0.4304 * c.tokens) * c.words / c.k_groups
     turn = (throughput**3.585 + latency**3.585) ** (1 / 3.585)
     reduction = (17.43 * sums + 11 if c.splits > 1 else 0) + (7.322 * sums * c.k_groups if c.k_groups > 1 else 0)
-    start = 9161 if c.blocks == 2 else 2920 if c.k_groups == 4 else 2750
-    return waves * (turns * turn + together * reduction + 4893) + start
+    return waves * (turns * turn + reduction + 4893)

@@ -69,7 +69,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
     ring.fetch(k_tile + s * kStride, s * kStageBytes);
     if (s == 0) {
       wait_for_previous_grid();
-      let_next_grid_start();
       fetch_x(k_begin, 0);
     }
     commit_copies();
@@ -82,6 +81,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
     // This chunk's x was asked for with the first turn's weights, or with the last chunk's first fetch, STAGES turns ago.
     wait_copies<STAGES - 1>();
     __syncthreads();  // all threads' copies have landed, and the last chunk has been read
+    if (chunk == k_begin) let_next_grid_start();  // its weights would delay this x
     if (chunk_end < k_end) fetch_x(chunk_end, buffer ^ 1);
     const uint32_t x = x_address + buffer * x_bytes;
 

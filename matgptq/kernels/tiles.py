@@ -130,7 +130,7 @@ def supports(config: AnyConfig, problem: Problem) -> bool:
 def _chunk_fits(config: Config, problem: Problem) -> bool:
     """Whether a chunk of x is of a size that the kernel can work with."""
     if config.few:
-        return 4 * config.chunk_tiles * min(problem.M, config.tokens) <= config.threads
+        return config.chunk_tiles % 4 == 0 and 4 * config.chunk_tiles * min(problem.M, config.tokens) <= config.threads
     whole = config.chunk_tiles >= config.split_tiles(problem)
     return whole or config.chunk_tiles >= config.stages * config.warps_k * config.turn_tiles
 
@@ -222,15 +222,20 @@ def _preferred(p: Problem) -> Config:
             return tile(2, 1, 1, 1, 8 if p.k_tiles < 128 else 12, 2, 1, splits)
         warps_n = 1 if rows < 384 else 2
         return tile(2, 2, 2 if p.planes == 2 else 1, warps_n, 8 // warps_n, 2, 1, 2 if rows <= 128 else 1)
-    if low and p.planes > 2 and rows < 256 and p.k_tiles >= 128:
+    # Where two blocks of a cluster split k, they must all run at once. Blocks of more rows read x less often.
+    if rows >= 256:
+        if p.M <= 2 and not low:
+            return tile(1, 1, 1, 2, 8, 2, 1, 1) if p.k_tiles >= 128 else tile(1, 1, 1, 1, 8, 2, 2, 1)
+        if not low and p.k_tiles >= 128:
+            return tile(1, 1, 1, 2, 8, 3, 1, 1)
+        return tile(1, 1, 2 if low else 1, 4, 4, 2, 1, 2 if rows <= 264 else 1)
+    if low and p.planes > 2 and rows > 96 and p.M > 2:
+        return tile(1, 1, 1, 2, 8, 2, 1, 2 if rows <= 132 else 1)
+    if p.k_tiles >= 128 and rows <= 96 and p.planes > 2 and (low or p.M > 2):
         return tile(1, 1, 1, 1, 16, 2, 1, splits)
-    if low and rows >= 256 and p.M > 4:
-        return tile(1, 2, 2, 2, 4, 2, 1, 2 if p.k_tiles >= 256 else 1)
-    if low and rows >= 256:
-        return tile(1, 1, 2 if p.planes < 4 else 1, 2, 8, 2, 1, 1) if p.k_tiles >= 256 else tile(1, 1, 2, 2, 4, 2, 2, 1)
-    if not low and rows >= 256 and p.k_tiles >= 128:
-        return tile(1, 1, 1, 2, 8, 2, 1, 1)
-    if not low and rows <= 128 and p.M > 2 and p.k_tiles >= 128:
+    if low and rows > 64 and p.M > 2:
+        return tile(1, 1, 2, 2, 4, 2, 2, 2 if rows <= 264 else 1)
+    if not low and rows <= 132 and p.M > 2:
         splits = 2
     registers_for_two = low or p.dtype == "float16" or not p.rounds
     return tile(1, 1, 2 if low else 1, 1, 8, 2, 2 if registers_for_two else 1, splits)

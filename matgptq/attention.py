@@ -1,0 +1,70 @@
+"""Attention of one new token to a static cache, without a copy of keys and values for every query head.
+
+Where several query heads share a key head (grouped-query attention), Transformers repeats keys and values for its
+`sdpa` attention under `torch.compile`: all of the cache is read, written and read again at every step. But the queries
+that share a key head may as well be the queries of several positions. With ``G`` query heads a key head,
+
+    y[b, h, i] = softmax_j(scale * q[b, h, i] . k[b, h, j] + mask[b, j]) v[b, h, j],   i = 0 .. G - 1
+
+is attention of ``G`` queries, all under one mask, to the cache as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "matgptq"  # in Transformers' register
+
+
+def attend(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention as Transformers calls it: what ``sdpa`` computes, to rounding.
+
+    Args:
+        module: the attention layer.
+        query: ``(batch, heads, length, dim)``.
+        key: ``(batch, key heads, cache length, dim)``.
+        value: likewise.
+        attention_mask: ``(batch or 1, heads or 1, length, cache length)``: True, or 0, where a query attends.
+        options: ``scaling`` and what else ``sdpa`` takes.
+
+    Returns:
+        The output ``(batch, length, heads, dim)``, and None for the weights.
+    """
+    batch, heads, length, dim = query.shape
+    groups = heads // key.shape[1]
+    plain = not options.get("dropout") and options.get("position_bias") is None and options.get("cache") is None
+    if length != 1 or groups == 1 or attention_mask is None or attention_mask.shape[1] != 1 or not plain:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
+    shared = query.reshape(batch, heads // groups, groups, dim)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        shared, key, value, attn_mask=attention_mask, scale=options.get("scaling")
+    )
+    return output.reshape(batch, 1, heads, output.shape[-1]), None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextmanager
+def attending(config: PretrainedConfig) -> Iterator[None]:
+    """Has a model whose attention is ``sdpa`` use `attend` meanwhile."""
+    before = config._attn_implementation
+    if before != "sdpa":
+        yield
+        return
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
