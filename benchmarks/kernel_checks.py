@@ -198,14 +198,17 @@ def product_cases(quick: bool) -> Iterator[tuple[dict[str, Any], int]]:
     ]
     for (N, K), bits, M in itertools.product(shapes, (2, 3, 4, 6, 8), (1, 2, 3, 16, 33, 130, 257, 1000)):
         yield {"N": N, "K": K, "bits": bits, "group_size": 16 if K % 64 else 64}, M
-    # Every family of hopper.cu's tiles that `choose` takes, with all ways of holding weights.
-    shapes = [(2048, 2048), (4096, 4096), (8192, 1024), (28672, 1024), (4096, 14336)]
-    for (N, K), M in itertools.product(shapes, (9, 16, 24, 32, 48, 64, 96, 128, 200, 512)):
+    # Every family of tiles that `choose` takes; those of linear.cu and hopper.cu with all ways of holding weights.
+    shapes = [(2048, 2048), (4096, 4096), (6144, 1024), (8192, 1024), (12288, 1024), (28672, 1024), (4096, 14336)]
+    for (N, K), M in itertools.product(shapes, (4, 8, 9, 16, 24, 32, 48, 64, 96, 128, 200, 256, 512)):
         for zeros, (resident, rule), (bits, dtype) in zip(
             (False, True, False, True, True), (*holds, *holds[1:]), itertools.product((4, 7, 2), DTYPES), strict=False
         ):
             options = {"bits": bits, "dtype": dtype, "zeros": zeros, "resident": resident, "rule": rule}
             yield {"N": N, "K": K, "group_size": 64 if M == 24 else 128, **options}, M
+    shapes = [(4096, 8192), (6144, 1024), (6144, 8192), (12288, 1024), (16384, 1024), (16384, 8192)]
+    for (N, K), bits, M in itertools.product(shapes, range(2, 9), (1, 2, 3, 6, 12, 160)):
+        yield {"N": N, "K": K, "bits": bits, "dtype": ("float16", "bfloat16")[M % 2]}, M
     for M, bits in itertools.product((24, 48, 96, 192, 500, 2048, 4000, 8192, 9000), (2, 4, 8)):
         yield {"N": 1300, "K": 640, "bits": bits, "dtype": ("float16", "bfloat16")[bits // 4 % 2]}, M
 

@@ -28,6 +28,12 @@ CASES = [  # bits, M, N, K, group_size, zeros, resident
     (8, 100, 28672, 256, 128, False, False),
     (4, 512, 17000, 256, 64, False, False),
     (4, 520, 512, 8192, 128, True, False),
+    (8, 8, 300, 2048, 128, False, False),
+    (4, 128, 2200, 8192, 128, False, False),
+    (3, 60, 4200, 512, 64, False, True),
+    # linear.cu: blocks of four row tiles, of two in a cluster
+    (2, 6, 16500, 512, 128, False, False),
+    (4, 3, 8100, 1024, 128, False, True),
     # few.cu: several chunks of x, ragged N and K, all kinds of weights
     (2, 2, 4096, 8192, 128, False, False),
     (3, 1, 200, 4128, 32, True, True),
