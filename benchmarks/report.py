@@ -175,7 +175,7 @@ def transformers_table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def vllm_table(report: dict[str, Any], peers: dict[str, Any]) -> str:
+def vllm_table(report: dict[str, Any], other: dict[str, Any]) -> str:
     """Seconds of a run in vLLM and the speed-up over bf16 of the same run, by linear layer and batch size."""
     batches = list(report["results"][0]["seconds"])
     lines = [
@@ -183,7 +183,7 @@ def vllm_table(report: dict[str, Any], peers: dict[str, Any]) -> str:
         "| | GiB | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
         "| --- | --- |" + " --- |" * len(batches),
     ]
-    for name, weights, seconds, dense in vllm_rows(report, peers):
+    for name, weights, seconds, dense in vllm_rows(report, other):
         cells = [f"{seconds[b]:.3f} ({dense[b] / seconds[b]:.2f})" if b in seconds else "" for b in batches]
         lines.append(f"| {name} | {weights:.2f} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -192,19 +192,19 @@ def vllm_table(report: dict[str, Any], peers: dict[str, Any]) -> str:
 VllmRow = tuple[str, float, dict[str, float], dict[str, float]]  # name, GiB, seconds, seconds of bf16 in the same run
 
 
-def vllm_rows(report: dict[str, Any], peers: dict[str, Any]) -> Iterator[VllmRow]:
+def vllm_rows(report: dict[str, Any], other: dict[str, Any]) -> Iterator[VllmRow]:
     """The rows of a run, then those of another with other engines."""
-    for run, where in ((report, ""), (peers, ", another run")):
+    for run, where in ((report, ""), (other, ", another run")):
         (dense,) = (row["seconds"] for row in run["results"] if row["linear"] == "bf16")
         for row in run["results"]:
             yield row["linear"] + where, row["weights_gib"], row["seconds"], dense
 
 
-def plot_vllm(report: dict[str, Any], peers: dict[str, Any], path: Path) -> None:
+def plot_vllm(report: dict[str, Any], other: dict[str, Any], path: Path) -> None:
     """Draw the speed-up over bf16 in vLLM by batch size, a line a linear layer."""
     title = f"{report['device']}, vLLM {report['vllm']}"
     axes = new_axes(xlabel="batch size", ylabel="speed-up over bf16", title=title, xscale="log")
-    for name, _, seconds, dense in vllm_rows(report, peers):
+    for name, _, seconds, dense in vllm_rows(report, other):
         if seconds is dense:
             continue
         points = sorted((int(b), dense[b] / value) for b, value in seconds.items() if b in dense)
@@ -249,9 +249,9 @@ def main() -> None:
     served = results / "vllm.json"
     if served.exists():
         report = json.loads(served.read_text(encoding="utf-8"))
-        peers = json.loads((results / "peers_vllm.json").read_text(encoding="utf-8"))
-        fill(ROOT / "docs" / "vllm.md", "vllm", vllm_table(report, peers))
-        plot_vllm(report, peers, ROOT / "assets" / "vllm_speedups.svg")
+        other = json.loads((results / "vllm_resident.json").read_text(encoding="utf-8"))
+        fill(ROOT / "docs" / "vllm.md", "vllm", vllm_table(report, other))
+        plot_vllm(report, other, ROOT / "assets" / "vllm_speedups.svg")
     decoded = results / "transformers.json"
     if decoded.exists():
         fill(

@@ -1,7 +1,9 @@
 """Model folders of a known geometry with random contents: speed and memory can be measured without a download.
 
-Codes are uniform, scales such that dequantised weights have the standard deviation that training starts with, so that
-activations stay finite. The text that such a model writes means nothing.
+Codes are normal about the middle of their range, as those of trained weights, and scales such that dequantised weights
+have the standard deviation that training starts with. So activations stay finite, and the weights of no width have a
+mean: of uniform codes, those that are rounded up at the top of the range would lend all outputs of a layer a common
+part, whose sign a rounding can turn. The text that such a model writes means nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from .checkpoint import CONFIG, INDEX
 from .config import QuantConfig
 from .folder import new_folder, write_json
-from .slicing import check_bits, group_count
+from .planes import pack_planes
+from .slicing import check_bits, group_count, slice_codes
 
 _LLAMA3 = {
     "model_type": "llama",
@@ -175,14 +178,15 @@ class _Random:
 
     def quantized(self, shape: torch.Size, config: QuantConfig, stored_bits: int | None) -> dict[str, Tensor]:
         rows, columns = shape
-        bits = stored_bits or config.master_bits
-        size = (rows, columns) if stored_bits is None else (bits, rows, columns // 8)
-        top = 2**bits if stored_bits is None else 256
         device = self.generator.device
-        codes = torch.empty(size, dtype=torch.uint8, device=device).random_(0, top, generator=self.generator)
+        top, deviation = 2**config.master_bits, 2**config.master_bits / 6
+        codes = torch.empty(shape, device=device).normal_(top / 2, deviation, generator=self.generator)
+        codes = codes.round_().clamp_(0, top - 1).to(torch.uint8)
+        if stored_bits is not None:
+            slices = slice_codes(codes, stored_bits, config.slicing, master_bits=config.master_bits)
+            codes = pack_planes(slices, stored_bits)
         groups = (rows, group_count(columns, config.group_size))
-        # Uniform codes have a standard deviation of 2^bits / sqrt(12).
-        scale = self.std * 12**0.5 / 2**config.master_bits
+        scale = self.std / deviation
         spread = torch.empty(groups, device=device).uniform_(0.7, 1.3, generator=self.generator)
         tensors = {"qweight": codes.cpu(), "scales": (spread * scale).to(self.dtype).cpu()}
         if not config.sym:
