@@ -110,7 +110,7 @@ def supports(config: HopperConfig, problem: Problem) -> bool:
 
 
 def choose(problem: Problem) -> HopperConfig | None:
-    """The tile of least estimated cost; None where linear.cu is the better kernel, or the only one."""
+    """The tile of hopper.cu for a problem; None where linear.cu is the better kernel, or the only one."""
     p = problem
     # H200, 2026-11-23: hopper.cu is faster from 9 tokens on nearly everywhere, from 5 on where there are many planes.
     # To 16 tokens it was timed only where it scales sums.
@@ -118,23 +118,24 @@ def choose(problem: Problem) -> HopperConfig | None:
     many_planes = p.planes >= 8 or (p.planes >= 6 and p.row_tiles < 256)
     if p.sm != 90 or p.M <= 4 or (p.M <= 8 and not many_planes) or (p.M <= 16 and not scales_sums):
         return None
-    if p.M <= 256:
+    if p.M <= 256 or (p.row_tiles * -(-p.M // 128) <= 264 and p.k_tiles < 128):
         return next((c for c in _tiles(p) if supports(c, p)), None)
     return min((c for c in _candidates(p) if supports(c, p)), key=lambda c: _cost(p, c), default=None)
 
 
 def _tiles(p: Problem) -> Iterator[HopperConfig]:
-    """To 256 tokens: the best tile and what to take where it does not fit.
+    """Where one wave of blocks may do: the best tile and what to take where it does not fit.
 
     Measured on an H200, 2026-11-23: fp16, groups of 128, 2, 4 and 8 bits, M 8 to 256, 2048 x 2048 to 16384 x 16384,
-    6144 x 4096, 28672 x 4096, 4096 x 14336 (`benchmarks/results/h200/hopper_tiles.json`): 0.7 % longer than the fastest
-    tile in the mean. Blocks, in clusters that run at once, are to fill 132 SMs once.
+    6144 x 4096, 28672 x 4096, 4096 x 14336 (`benchmarks/results/h200/hopper_tiles.json`): 0.4 % longer than the fastest
+    tile in the mean. Blocks, in clusters that run at once, are to fill 132 SMs
+    once. Tiles are (row tiles, words, tokens, k groups, blocks an SM, blocks of a cluster).
     """
     t = next(t for t in TOKENS if t >= p.M) if p.M <= 128 else 96 if p.M <= 192 else 128
     rows = p.row_tiles * -(-p.M // t)
     few_planes, long = p.planes <= 6, p.k_tiles >= 128
     two = p.group_size <= 0 or p.group_size % 32 == 0  # blocks an SM: many scales take registers
-    if p.M > 192 and p.row_tiles >= 256:
+    if p.M > 192 and rows > 264:
         yield HopperConfig(2, 1, 256, 1, 1, 1)
     if t <= 32:
         if rows <= 44 and two:
@@ -160,7 +161,7 @@ def _tiles(p: Problem) -> Iterator[HopperConfig]:
     elif rows <= 66:
         yield HopperConfig(2, 1, t, 1, 1, 3) if t == 128 else HopperConfig(1, 1, t, 2, 1, 2)
     elif rows <= 132:
-        if t <= 64 or (t == 96 and p.planes <= 3):
+        if t <= 64 or (t == 96 and p.planes <= 3) or (t == 128 and p.planes <= 4 and not long):
             yield HopperConfig(1, 1, t, 2, 1, 1)
         yield HopperConfig(2, 1, t, 1, 1, 2)
     elif rows <= 264 and p.M > 96:
@@ -171,7 +172,7 @@ def _tiles(p: Problem) -> Iterator[HopperConfig]:
 
 
 def _candidates(p: Problem) -> Iterator[HopperConfig]:
-    """Beyond 256 tokens: tiles that were the fastest somewhere."""
+    """Where it takes several waves: tiles that were the fastest somewhere."""
     for t, splits in itertools.product((64, 128, 256) if p.M <= 512 else (128, 256), _CLUSTERS):
         yield HopperConfig(2, 1, t, 1, 1, splits)
         if t <= 128:
