@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "matgptq"  # in Transformers' register
+_OTHERS = ("softcap", "position_bias", "s_aux", "cache")  # options that change the equation, or are refused: not ours
 
 
 def attend(
@@ -42,7 +43,7 @@ def attend(
     """
     batch, heads, length, dim = query.shape
     groups = heads // key.shape[1]
-    plain = not options.get("dropout") and options.get("position_bias") is None and options.get("cache") is None
+    plain = not options.get("dropout") and all(options.get(name) is None for name in _OTHERS)
     if length != 1 or groups == 1 or attention_mask is None or attention_mask.shape[1] != 1 or not plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     shared = query.reshape(batch, heads // groups, groups, dim)

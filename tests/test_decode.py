@@ -51,6 +51,18 @@ def test_queries_that_share_a_key_head_are_attention_of_several(batch):
     torch.testing.assert_close(got.double(), want.transpose(1, 2), rtol=1e-5, atol=1e-6)
 
 
+def test_other_attention_is_left_to_transformers(monkeypatch):
+    monkeypatch.setattr("matgptq.attention.sdpa_attention_forward", lambda *arguments, **options: "theirs")
+    query, key = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 5, 8)
+    mask = torch.ones(1, 1, 1, 5, dtype=torch.bool)
+    for others in ({"softcap": 30.0}, {"position_bias": mask}, {"dropout": 0.1}):
+        assert attend(torch.nn.Module(), query, key, key, mask, scaling=1.0, **others) == "theirs"
+    assert attend(torch.nn.Module(), query, key, key, None) == "theirs"
+    assert attend(torch.nn.Module(), query, key, key, mask.expand(1, 4, 1, 5)) == "theirs"
+    assert attend(torch.nn.Module(), query.repeat(1, 1, 2, 1), key, key, mask) == "theirs"
+    assert attend(torch.nn.Module(), query, key, key, mask)[0].shape == (1, 1, 4, 8)
+
+
 def test_a_model_attends_otherwise_only_while_it_decodes(model):
     assert model.config._attn_implementation == "sdpa"
     with attending(model.config):
