@@ -68,9 +68,13 @@ def verify(model: PreTrainedModel, ids: Tensor, new: Tensor) -> float:
     sequence = torch.cat([ids, new.to(ids.device)], dim=1)
     logits = model(sequence[:, :-1]).logits[:, ids.shape[1] - 1 :].float()
     chosen = logits.gather(-1, sequence[:, ids.shape[1] :, None])[..., 0]
-    worst = ((logits.amax(-1) - chosen) / logits.std(-1)).max().item()
+    short = (logits.amax(-1) - chosen) / logits.std(-1)
+    worst = short.max().item()
     if not worst <= MARGIN:
-        raise ArithmeticError(f"tokens must be the likeliest within {MARGIN} standard deviations, got {worst:.3f}")
+        further = f"{(~(short <= MARGIN)).sum().item()} of {short.numel()}"
+        raise ArithmeticError(
+            f"tokens must be the likeliest within {MARGIN} standard deviations, got {worst:.3f} ({further} are further)"
+        )
     return worst
 
 
