@@ -167,6 +167,15 @@ def write_dummy(
     return quantization
 
 
+def random_codes(
+    shape: tuple[int, int], master_bits: int, device: torch.device, generator: torch.Generator | None = None
+) -> tuple[Tensor, float]:
+    """uint8 codes, normal about the middle of their range, and their standard deviation."""
+    top = 2**master_bits
+    codes = torch.empty(shape, dtype=torch.float16, device=device).normal_(top / 2, top / 6, generator=generator)
+    return codes.round_().clamp_(0, top - 1).to(torch.uint8), top / 6
+
+
 class _Random:
     def __init__(self, generator: torch.Generator, dtype: torch.dtype, std: float) -> None:
         self.generator, self.dtype, self.std = generator, dtype, std
@@ -179,9 +188,7 @@ class _Random:
     def quantized(self, shape: torch.Size, config: QuantConfig, stored_bits: int | None) -> dict[str, Tensor]:
         rows, columns = shape
         device = self.generator.device
-        top, deviation = 2**config.master_bits, 2**config.master_bits / 6
-        codes = torch.empty(shape, device=device).normal_(top / 2, deviation, generator=self.generator)
-        codes = codes.round_().clamp_(0, top - 1).to(torch.uint8)
+        codes, deviation = random_codes((rows, columns), config.master_bits, device, self.generator)
         if stored_bits is not None:
             slices = slice_codes(codes, stored_bits, config.slicing, master_bits=config.master_bits)
             codes = pack_planes(slices, stored_bits)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from matgptq.checkpoint import check_values
+from matgptq.dummy import random_codes
 from matgptq.linear import MatGPTQLinear
 from matgptq.slicing import MAX_BITS, MIN_BITS
 
@@ -75,9 +76,8 @@ class Shard:
         """Random codes, and scales that keep the size of activations: for ``--load-format dummy``."""
         stored, n, k = config.stored, self.out_features, self.in_features
         groups = 1 if stored.group_size == -1 else k // stored.group_size
-        codes = torch.randint(0, 2**stored.master_bits, (n, k), dtype=torch.uint8, device=device)
-        spread = 2**stored.master_bits / 12**0.5  # of uniform codes
-        scales = torch.full((n, groups), k**-0.5 / spread, dtype=dtype, device=device)
+        codes, deviation = random_codes((n, k), stored.master_bits, device)
+        scales = torch.full((n, groups), k**-0.5 / deviation, dtype=dtype, device=device)
         self.tensors = {"qweight": codes, "scales": scales}
         if not stored.sym:
             middle = 2 ** (stored.master_bits - 1)
