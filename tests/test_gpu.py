@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
-from test_packed import LAYERS, block, layer
+from test_packed import LAYERS, block, layer, of_several
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
@@ -151,19 +151,7 @@ def test_layers_in_one_call_give_the_weights_of_each(dtype):
     for widths in ((8, 8, 8), (4, 4, 4), (3, 3, 3), (8, 4, 4)):
         for made, bits in zip(layers, widths, strict=True):
             made.bits = bits
-        got = torch.ops.matgptq.packed_linears_at(
-            identity,
-            [made.planes for made in layers],
-            [tensor for made in layers for tensor in (made.scales_3, made.scales)],
-            [made.unit_zeros for made in layers],
-            [made.bias for made in layers],
-            [made._width for made in layers],
-            96,
-            [128, 64, 70],
-            32,
-            "round",
-            True,
-        )
+        got = torch.ops.matgptq.packed_linears_at(*of_several(identity, layers))
         assert torch.equal(got, torch.cat([made(identity) for made in layers], -1))
 
 

@@ -272,6 +272,25 @@ def block(*sizes, perms=None, **options):
     return module
 
 
+def of_several(x, layers):
+    """The arguments of ``packed_linears_at`` for layers of `block`."""
+    scales = [(layer.scales_3, layer.scales) if layer.resident else (layer.scales,) for layer in layers]
+    first = layers[0]
+    return (
+        x,
+        [layer.planes for layer in layers],
+        [tensor for of_layer in scales for tensor in of_layer],
+        [layer.unit_zeros for layer in layers],
+        [layer.bias for layer in layers],
+        [layer._width for layer in layers],
+        first.in_features,
+        [layer.out_features for layer in layers],
+        first.group_size,
+        first.rule,
+        first.resident,
+    )
+
+
 def runs(module):
     """Names of layers that lie together."""
     found = []
@@ -343,20 +362,7 @@ def test_the_op_of_several_layers_gives_what_each_gives(apart, resident, monkeyp
     for widths in ((8, 8, 8), (3, 3, 3), (8, 4, 4)) if resident else ((8, 8, 8),):
         for layer, bits in zip(layers, widths, strict=True):
             layer.bits = bits
-        scales = [[layer.scales_3, layer.scales] if resident else [layer.scales] for layer in layers]
-        arguments = (
-            X.half(),
-            [layer.planes for layer in layers],
-            [tensor for of_layer in scales for tensor in of_layer],
-            [layer.unit_zeros for layer in layers],
-            [layer.bias for layer in layers],
-            [layer._width for layer in layers],
-            96,
-            [128, 64, 70],
-            32,
-            "round",
-            resident,
-        )
+        arguments = of_several(X.half(), layers)
         calls.clear()
         got = torch.ops.matgptq.packed_linears_at(*arguments)
         assert calls == ([128, 64, 70] if apart else [128, 134] if widths[0] != widths[1] else [262])
