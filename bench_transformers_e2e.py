@@ -37,11 +37,19 @@ GIB = 2**30
 MARGIN = 0.4  # random tokens are 4 off; bf16 in 32 layers of random weights, in two orders of summation, was 0.17
 
 
-def answer(model: PreTrainedModel, loop: str, ids: Tensor, new_tokens: int) -> tuple[Callable[[], Tensor], float]:
-    """What decodes ``new_tokens`` tokens after ``ids`` in a loop, and the seconds that it took to get ready."""
+def answer(
+    model: PreTrainedModel, loop: str, ids: Tensor, new_tokens: int, decoders: dict[tuple[str, int], Decoder]
+) -> tuple[Callable[[], Tensor], float]:
+    """What decodes ``new_tokens`` tokens after ``ids`` in a loop, and the seconds that it took to get ready.
+
+    ``decoders`` keeps the model's, by loop and batch size: one serves all widths, and is compiled at the first.
+    """
     start = time.perf_counter()
     if loop in ("decoder", "compiled"):
-        decoder = Decoder(model, batch_size=len(ids), max_length=ids.shape[1] + new_tokens, compile=loop == "compiled")
+        size = ids.shape[1] + new_tokens
+        if (loop, len(ids)) not in decoders:
+            decoders[loop, len(ids)] = Decoder(model, batch_size=len(ids), max_length=size, compile=loop == "compiled")
+        decoder = decoders[loop, len(ids)]
 
         def run() -> Tensor:
             return decoder.generate(ids, new_tokens)
@@ -138,6 +146,8 @@ def main() -> None:
         "width_changes": [],
     }
 
+    decoders: dict[tuple[str, int], Decoder] = {}
+
     def measure(model: PreTrainedModel, bits: int, loop: str, more: dict[str, Any]) -> None:
         row: dict[str, Any] = {"linear": "dense" if bits == 16 else "matgptq", "bits": bits, "loop": loop, **more}
         row |= {"seconds": {}, "tokens_per_second": {}, "ready_seconds": {}}
@@ -148,7 +158,7 @@ def main() -> None:
                 (batch, options.prompt_tokens),
                 generator=torch.Generator().manual_seed(batch),
             ).to(device)
-            run, ready = answer(model, loop, ids, options.new_tokens)
+            run, ready = answer(model, loop, ids, options.new_tokens, decoders)
             row["worst_margin"] = max(row.get("worst_margin", 0), verify(model, ids, run()))
             seconds = seconds_of(run, 1 if loop == "generate" else options.repeats)
             row["seconds"][str(batch)] = round(seconds, 5)
@@ -191,6 +201,7 @@ def main() -> None:
     report["width_changes"] = width_changes(model, options, device)
     save()
     dtype = model.dtype
+    decoders.clear()
     del model
     reset_peak()
     if not options.no_dense:

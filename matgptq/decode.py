@@ -159,8 +159,10 @@ class Decoder:
     def _advance(self) -> None:
         for layer in self._open:
             layer.width_at_run_time = True
+        # dynamo counts what all decoders compile of this code; none compiles twice what it has
+        limit = torch._dynamo.config.accumulated_recompile_limit
         try:
-            with attending(self.model.config):
+            with attending(self.model.config), torch._dynamo.config.patch(recompile_limit=limit):
                 self._token.copy_(self._compute(self._token))
         finally:  # what others compile or export of the model is not changed
             for layer in self._open:

@@ -132,6 +132,13 @@ def test_compiled_code_serves_all_widths(tiny_folder, text_file, tmp_path):
     assert "packed_linear_at" not in str(exported)  # to others the width is a constant, as before
 
 
+def test_any_number_of_decoders_compiles(model):
+    for batch_size in range(1, torch._dynamo.config.recompile_limit + 2):
+        decoder = Decoder(model, batch_size=batch_size, max_length=40, compile=True)
+        decoder._compute = torch.compile(decoder._next, fullgraph=True, dynamic=False, backend="eager")
+        assert decoder.generate(IDS.repeat(batch_size, 1), 3).shape == (batch_size, 3)
+
+
 def test_graphs_are_told_apart_by_the_widths_of_all_layers(model):
     decoder = Decoder(model, max_length=40)  # its layers are not packed, as those of a float32 model on a GPU
     seen = set()

@@ -57,6 +57,10 @@ constexpr int kPlanesAt = kTurnTiles * kBox, kScalesAt = kPlanesAt + kTurnTiles 
 constexpr int kZerosAt = kScalesAt + kParts * ROW_TILES * 128;
 constexpr int kStageBytes = (kZerosAt + (SHIFT == 2 ? kParts * ROW_TILES * 256 : 0) + 1023) / 1024 * 1024;
 constexpr bool kExchange = K_GROUPS > 1 || SPLIT;  // sums pass through shared memory
+// Else, with many tokens, y does, behind the ring: kStaged tokens at a time of the 64 * WORDS rows of a warpgroup.
+constexpr bool kStage = !kExchange && TOKENS >= 64;
+constexpr int kStaged = TOKENS % 64 == 0 ? 64 / WORDS : 32;
+constexpr int kStagedAt = STAGES * kStageBytes, kStagedBytes = kStaged * WORDS * 128;
 constexpr int kColumns = TOKENS / 8, kUnits = WORDS * kColumns;  // a unit: a thread's sums of a word and eight tokens
 constexpr float kUnit = BITS < 5 ? float(1 << (8 - BITS)) : 1.0f;  // a unit of the decoded integers, in levels
 constexpr int kBand = 16;  // row blocks that are computed at a time, to share x in the L2
@@ -197,6 +201,7 @@ __device__ __forceinline__ void send(int block, uint32_t address, const float (&
       : "r"(address), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier), "r"(block)
       : "memory");
 }
+__device__ __forceinline__ void sync_warpgroup(int barrier) { asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory"); }
 __device__ __forceinline__ void wait_for_sent(uint32_t barrier) {
   asm volatile(
       "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n@!done bra AGAIN;\n}"
@@ -210,6 +215,14 @@ __device__ __forceinline__ uint32_t transpose(uint32_t v) {
   uint32_t d;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
   return d;
+}
+
+// Four of them to shared memory, transposed: lane i has the address of column i % 8 of matrix i / 8.
+__device__ __forceinline__ void store_transposed(uint32_t address, const uint32_t (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+               :
+               : "r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
 }
 
 // B operand of 16 k: rows of 128 bytes (64 k of a token) in the 128-byte swizzle, eight rows in 1024 bytes. `place` is the
@@ -477,14 +490,61 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
     for (int i = kLag; i > 0; --i) release(i, turns >= i);
     if (SPLIT) arrive_at_cluster();  // done with the ring
 
-    // Stores a unit's sums of 8 tokens and 16 rows, transposed so that a lane has neighbouring rows.
     const int first_row = tile.row_block * 64 * ROW_TILES + tile_of_warp * 64 + own_word * 16;
-    const int first_token = tile.token_block * TOKENS + g;
-    uint16_t* const y = p.y + size_t(first_token) * p.N + first_row + 2 * t;
     float bias[WORDS][2] = {};
 #pragma unroll
     for (int i = 0; i < 2 * WORDS; ++i)
       if (p.bias && first_row + i * 8 + g < p.N) bias[i / 2][i % 2] = T::to_float(p.bias[first_row + i * 8 + g]);
+    if constexpr (kStage) {
+      // [row tile][token][64 rows], 16 bytes of a token's 128 swapped by the token so that lanes hit all banks.
+      const int group = row_warp / 4, thread_of_group = threadIdx.x % 128;
+      unsigned char* const staged = shared + kStagedAt + group * kStagedBytes;
+      auto place = [&](int i, int token, int chunk) { return ((i * kStaged + token) * 8 + (chunk ^ (token % 8))) * 16; };
+      const int chunk = thread_of_group % 8, token = thread_of_group / 8;  // of 16 bytes that the thread reads
+      const int n = (tile.row_block * ROW_TILES + group * WORDS) * 64 + chunk * 8, m = tile.token_block * TOKENS + token;
+#pragma unroll
+      for (int first = 0; first < TOKENS; first += kStaged) {
+#pragma unroll
+        for (int r = 0; r < WORDS; ++r) {
+#pragma unroll
+          for (int i = 0; i < kStaged; i += 16) {
+            uint32_t v[4];  // rows g and 8 + g of eight tokens, of the next eight
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const float* const sum = acc[r] + (first + i) / 2 + e * 2;
+              v[e] = T::from_floats(sum[0] + bias[r][e % 2], sum[1] + bias[r][e % 2]);
+            }
+            const int to = place(tile_of_warp % WORDS, i + lane / 16 * 8 + lane % 8, (own_word + r) * 2 + lane / 8 % 2);
+            store_transposed(ring + kStagedAt + group * kStagedBytes + to, v);
+          }
+        }
+        sync_warpgroup(2 + group);
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+#pragma unroll
+          for (int k = 0; k < kStaged; k += 16) {
+            const uint4 v = *reinterpret_cast<const uint4*>(staged + place(i, token + k, chunk));
+            const int rows = p.N - (n + i * 64);  // from here to the end
+            if (m + first + k >= p.M || rows <= 0) continue;
+            uint16_t* const to = p.y + size_t(m + first + k) * p.N + n + i * 64;
+            if (p.N % 8 == 0) {
+              *reinterpret_cast<uint4*>(to) = v;
+            } else {
+              const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+              for (int e = 0; e < 8; ++e)
+                if (e < rows) to[e] = uint16_t(pairs[e / 2] >> (e % 2 * 16));
+            }
+          }
+        }
+        sync_warpgroup(2 + group);
+      }
+      continue;
+    }
+
+    // Stores a unit's sums of 8 tokens and 16 rows, transposed so that a lane has neighbouring rows.
+    const int first_token = tile.token_block * TOKENS + g;
+    uint16_t* const y = p.y + size_t(first_token) * p.N + first_row + 2 * t;
     auto store = [&](int unit, const float (&sum)[4]) {
       const int r = unit / kColumns, column = unit % kColumns;
 #pragma unroll

@@ -57,19 +57,26 @@ def stage_bytes(problem: Problem, config: HopperConfig) -> int:
     return -(-size // 1024) * 1024
 
 
+def staged_bytes(config: HopperConfig) -> int:
+    """Shared memory that outputs pass through: 64 tokens of each warpgroup's rows, 32 where it has two row tiles."""
+    if not config.persistent or config.tokens < 64:
+        return 0
+    return (8192 if config.tokens % 64 == 0 else 4096 * config.words) * config.row_tiles // config.words
+
+
 def stages(problem: Problem, config: HopperConfig) -> int:
     """Turns in flight: what fits, to a limit."""
-    room = (_SHARED + 1024) // config.blocks - 1024 - 256
+    room = (_SHARED + 1024) // config.blocks - 1024 - 256 - staged_bytes(config)
     return min(room // stage_bytes(problem, config), 8)
 
 
 def barriers_offset(problem: Problem, config: HopperConfig) -> int:
-    """Shared memory before the barriers: the ring, or the partial sums that follow in the same place."""
+    """Shared memory before the barriers: the ring and what follows it, or the partial sums that take its place."""
     units = config.tokens // 8 * config.words
     of_groups = config.k_groups * units if config.k_groups > 1 else 0
     of_blocks = -(-units // config.splits) * config.splits if config.splits > 1 else 0
     partial = (of_groups + of_blocks) * config.row_tiles * 2048 // config.words
-    return max(stages(problem, config) * stage_bytes(problem, config), partial)
+    return max(stages(problem, config) * stage_bytes(problem, config) + staged_bytes(config), partial)
 
 
 def shared_bytes(problem: Problem, config: HopperConfig) -> int:
