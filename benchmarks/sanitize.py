@@ -31,6 +31,11 @@ CASES = [  # bits, M, N, K, group_size, zeros, resident
     (8, 8, 300, 2048, 128, False, False),
     (4, 128, 2200, 8192, 128, False, False),
     (3, 60, 4200, 512, 64, False, True),
+    # 192 tokens, several tiles a block and k split; two blocks that share x, an odd number of them along rows
+    (4, 150, 17000, 256, 128, False, False),
+    (8, 150, 8000, 512, 128, False, False),
+    (4, 1030, 6200, 256, 64, False, False),
+    (2, 1030, 6200, 256, 128, False, True),
     # linear.cu: blocks of four row tiles, of two in a cluster
     (2, 6, 16500, 512, 128, False, False),
     (4, 3, 8100, 1024, 128, False, True),

@@ -83,7 +83,7 @@ def test_hopper_variants_compile_without_spills(compilers):
     variants = {}
     for bits, M, (N, K), dtype, kind in itertools.product(
         (2, 4, 7, 8),
-        (8, 12, 24, 32, 48, 64, 96, 128, 192, 256, 1024),
+        (8, 12, 24, 32, 48, 64, 96, 128, 192, 256, 384, 1024),
         ((2048, 2048), (4096, 4096), (8192, 8192), (28672, 4096), (16384, 16384), (1024, 4096)),
         ("float16", "bfloat16"),
         KINDS,

@@ -61,7 +61,7 @@ def test_choose_covers_every_problem(sm):
 def test_hopper_covers_every_problem_of_many_tokens():
     ways = [(False, "round"), (True, "round"), (True, "prefix")]
     for (N, K), bits, M, (resident, rule) in itertools.product(
-        SHAPES, range(2, 9), (9, 17, 40, 64, 65, 128, 190, 256, 500, 1000, 8192), ways
+        SHAPES, range(2, 9), (9, 17, 40, 64, 65, 128, 190, 256, 384, 500, 1000, 8192), ways
     ):
         for group_size, zeros in itertools.product((-1, 16, 48, 128), (False, True)):
             if group_size > 0 and K % group_size:

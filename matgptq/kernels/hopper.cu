@@ -27,6 +27,7 @@
 //   STAGES     turns in the ring
 //   BLOCKS     blocks an SM, 1 or 2
 //   SPLIT      1: clusters split k
+//   PAIR       1: clusters of two blocks, neighbours along rows, share x: each asks for half of it, for both
 #include "decode.cuh"
 
 using uint64_t = unsigned long long;
@@ -34,6 +35,7 @@ using T = FORMAT;
 using Decode = Decoder<T, BITS, bool(ROUND), true>;
 
 constexpr int kPlanes = BITS + ROUND;
+constexpr int kSharers = PAIR ? 2 : 1;  // blocks that share x
 constexpr int kRowWarps = 4 * ROW_TILES / WORDS;  // consumer warps along rows
 static_assert(kRowWarps % 4 == 0);  // whole warpgroups
 constexpr int kConsumers = 32 * kRowWarps * K_GROUPS, kThreads = kConsumers + 128;
@@ -42,6 +44,7 @@ constexpr int kConsumerRegisters = kConsumers == 512 ? 112 : BLOCKS == 2 ? 104 :
 constexpr int kProducerRegisters = kConsumers * BLOCKS == 512 ? 32 : 40;
 constexpr int kTurnTiles = TOKENS > 128 ? 1 : K_GROUPS > WORDS ? 2 * K_GROUPS / WORDS : 2, kTurn = 64 * kTurnTiles;
 static_assert(TOKENS <= 128 || K_GROUPS == 1);
+static_assert(!PAIR || (!SPLIT && K_GROUPS == 1));
 __device__ constexpr int largest_part() {
   for (int k = kTurn; k > 16; k /= 2)
     if (GROUP_SIZE % k == 0) return k;
@@ -63,7 +66,7 @@ constexpr int kStaged = TOKENS % 64 == 0 ? 64 / WORDS : 32;
 constexpr int kStagedAt = STAGES * kStageBytes, kStagedBytes = kStaged * WORDS * 128;
 constexpr int kColumns = TOKENS / 8, kUnits = WORDS * kColumns;  // a unit: a thread's sums of a word and eight tokens
 constexpr float kUnit = BITS < 5 ? float(1 << (8 - BITS)) : 1.0f;  // a unit of the decoded integers, in levels
-constexpr int kBand = 16;  // row blocks that are computed at a time, to share x in the L2
+constexpr int kBand = 16 / kSharers;  // clusters along rows that are computed at a time, to share x in the L2
 
 struct alignas(64) Params {
   unsigned char x[128];    // tensor map of (M, K), boxes of TOKENS x 64
@@ -88,10 +91,12 @@ struct alignas(64) Params {
 #define TEXT_64 TEXT_48 ",%24,%25,%26,%27,%28,%29,%30,%31"
 #define TEXT_96 TEXT_64 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define TEXT_128 TEXT_96 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define TEXT_256                                                                            \
+#define TEXT_192                                                                                      \
   TEXT_128 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85" \
-  ",%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107" \
-  ",%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+  ",%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define TEXT_256                                                                          \
+  TEXT_192 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
+  ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
 #define SUMS_8 FOUR(0)
@@ -102,7 +107,8 @@ struct alignas(64) Params {
 #define SUMS_64 SUMS_48, FOUR(24), FOUR(28)
 #define SUMS_96 SUMS_64, SIXTEEN(32)
 #define SUMS_128 SUMS_96, SIXTEEN(48)
-#define SUMS_256 SUMS_128, SIXTEEN(64), SIXTEEN(80), SIXTEEN(96), SIXTEEN(112)
+#define SUMS_192 SUMS_128, SIXTEEN(64), SIXTEEN(80)
+#define SUMS_256 SUMS_192, SIXTEEN(96), SIXTEEN(112)
 #define REST_8 "{%4,%5,%6,%7}, %8"
 #define REST_16 "{%8,%9,%10,%11}, %12"
 #define REST_24 "{%12,%13,%14,%15}, %16"
@@ -111,6 +117,7 @@ struct alignas(64) Params {
 #define REST_64 "{%32,%33,%34,%35}, %36"
 #define REST_96 "{%48,%49,%50,%51}, %52"
 #define REST_128 "{%64,%65,%66,%67}, %68"
+#define REST_192 "{%96,%97,%98,%99}, %100"
 #define REST_256 "{%128,%129,%130,%131}, %132"
 #define PASTE2(a, b) a##b
 #define PASTE(a, b) PASTE2(a, b)
@@ -174,6 +181,24 @@ __device__ __forceinline__ void copy_box(uint32_t to, const void* map, int k, in
                : "memory");
 }
 
+// The same to both blocks of a pair: to that place of their shared memory, for that barrier of theirs.
+__device__ __forceinline__ void copy_box_to_both(uint32_t to, const void* map, int k, int token, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%2, %3}], [%4], %5;"
+      :
+      : "r"(to), "l"(map), "r"(k), "r"(token), "r"(barrier), "h"(uint16_t(3))
+      : "memory");
+}
+// Releases to the cluster are fences of the whole GPU, 1400 cycles each; what is announced here are reads that have ended.
+__device__ __forceinline__ void arrive_at_block(int block, uint32_t barrier) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}"
+      :
+      : "r"(barrier), "r"(block)
+      : "memory");
+}
+
 // Sums are not read before the wait above.
 template <int N>
 __device__ __forceinline__ void landed(float (&d)[N]) {
@@ -231,13 +256,19 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t place) {
   return (uint64_t(1) << 62) | (uint64_t(64) << 32) | (1u << 16) + place;
 }
 
+// Tiles of a cluster along rows and tokens.
+__device__ __forceinline__ int rows_of_clusters(const Params& p) {
+  return (p.row_tiles + ROW_TILES * kSharers - 1) / (ROW_TILES * kSharers);
+}
+__device__ __forceinline__ int token_blocks(const Params& p) { return (p.M + TOKENS - 1) / TOKENS; }
+
+// A block's part of its cluster's tile.
 struct Tile {
   int row_block, token_block;
   __device__ Tile(const Params& p, int index) {
-    const int row_blocks = (p.row_tiles + ROW_TILES - 1) / ROW_TILES, token_blocks = (p.M + TOKENS - 1) / TOKENS;
-    const int band = index / (kBand * token_blocks), rows = min(kBand, row_blocks - band * kBand);
-    index -= band * kBand * token_blocks;
-    row_block = band * kBand + index % rows, token_block = index / rows;
+    const int columns = token_blocks(p), band = index / (kBand * columns), rows = min(kBand, rows_of_clusters(p) - band * kBand);
+    index -= band * kBand * columns;
+    row_block = (band * kBand + index % rows) * kSharers + blockIdx.x % kSharers, token_block = index / rows;
   }
 };
 
@@ -249,7 +280,7 @@ struct Source {
 
   __device__ Source(const Params& p, const Tile& tile, int first_turn)
       : k_tile(first_turn * kTurnTiles), token(tile.token_block * TOKENS) {
-    const int row_tile = tile.row_block * ROW_TILES;
+    const int row_tile = min(tile.row_block * ROW_TILES, p.row_tiles - 1);
     planes = reinterpret_cast<const unsigned char*>(p.planes) + (size_t(row_tile) * p.k_tiles + k_tile) * p.stored * 512;
     scales = reinterpret_cast<const unsigned char*>(p.scales) + size_t(row_tile) * p.groups * 128;
     last = min(ROW_TILES, p.row_tiles - row_tile) - 1;
@@ -287,7 +318,14 @@ struct Source {
   __device__ __forceinline__ void fetch_x(const Params& p, int turn, uint32_t to, uint32_t barrier) const {
     const int k = (k_tile + turn * kTurnTiles) * 64;
 #pragma unroll
-    for (int i = 0; i < kTurnTiles; ++i) copy_box(to + i * kBox, p.x, k + i * 64, token, barrier);
+    for (int i = 0; i < kTurnTiles; ++i) {
+      if constexpr (PAIR) {
+        const int half = blockIdx.x % 2;
+        copy_box_to_both(to + i * kBox + half * (kBox / 2), p.x, k + i * 64, token + half * (TOKENS / 2), barrier);
+      } else {
+        copy_box(to + i * kBox, p.x, k + i * 64, token, barrier);
+      }
+    }
   }
 };
 
@@ -328,25 +366,28 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
   // The compiler does not see that a warp's index is the same in all lanes; descriptors are to be in uniform registers.
   const int lane = threadIdx.x % 32, warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
   const int split = SPLIT ? blockIdx.x % p.splits : 0;
-  const int tiles = (p.row_tiles + ROW_TILES - 1) / ROW_TILES * ((p.M + TOKENS - 1) / TOKENS);
-  const int first_tile = SPLIT ? blockIdx.x / p.splits : blockIdx.x;
-  const int tile_step = SPLIT ? tiles : gridDim.x;  // a cluster computes one tile
+  const int tiles = rows_of_clusters(p) * token_blocks(p);
+  const int first_tile = SPLIT ? blockIdx.x / p.splits : blockIdx.x / kSharers;
+  const int tile_step = SPLIT ? tiles : gridDim.x / kSharers;  // a cluster that splits k computes one tile
   const int all_turns = kTurnTiles == 1 ? (p.k_tiles + 1) / 2 * 2 : (p.k_tiles + kTurnTiles - 1) / kTurnTiles;
   const int first_turn = split * p.split_turns, turns = min(p.split_turns, all_turns - first_turn);
-  const uint32_t full = ring + p.barriers, empty = full + 8 * STAGES, sent = empty + 8 * STAGES;
+  const uint32_t full = ring + p.barriers, empty = full + 8 * STAGES;
+  const uint32_t sent = empty + 8 * STAGES;  // SPLIT: all sums have come. PAIR, of each stage: empty in the other block too
   // Weights do not depend on the previous kernel: start them first. Only a few, as x queues behind all that is asked for before it.
   const int ahead = min(turns, BLOCKS);
   if (warp == kConsumers / 32 && elect()) {
 #pragma unroll 1
     for (int i = 0; i < STAGES; ++i) init_barrier(full + 8 * i, 1), init_barrier(empty + 8 * i, kConsumers);
-    init_barrier(sent, 1);
+#pragma unroll 1
+    for (int i = 0; i < (PAIR ? STAGES : 1); ++i) init_barrier(sent + 8 * i, 1);
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     if (SPLIT) expect(sent, (kUnits - split + p.splits - 1) / p.splits * p.splits * 32 * kRowWarps * 16);
     const Source source(p, Tile(p, first_tile), first_turn);
 #pragma unroll 1
     for (int turn = 0; turn < ahead; ++turn) source.fetch_weights(p, turn, ring + turn * kStageBytes, full + 8 * turn);
   }
-  __syncthreads();
+  if (PAIR) arrive_at_cluster(), wait_for_cluster();
+  else __syncthreads();
 
   if (warp >= kConsumers / 32) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
@@ -361,17 +402,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
 #pragma unroll 1
         for (int turn = 0; turn < turns; ++turn) {
           const uint32_t to = ring + stage * kStageBytes, barrier = full + 8 * stage;
-          if (index != first_tile || turn >= ahead) {
-            wait(empty + 8 * stage, phase);
-            source.fetch_weights(p, turn, to, barrier);
-          }
+          const bool later = index != first_tile || turn >= ahead;
+          if (later) wait(empty + 8 * stage, phase);
+          if (PAIR) arrive_at_block(blockIdx.x % 2 ^ 1, sent + 8 * stage);
+          if (later) source.fetch_weights(p, turn, to, barrier);
+          if (PAIR) wait(sent + 8 * stage, phase ^ 1);
           source.fetch_x(p, turn, to, barrier);
           if (++stage == STAGES) stage = 0, phase ^= 1;
         }
       }
     }
     __syncwarp();
-    if (SPLIT) arrive_at_cluster(), wait_for_cluster();
+    if (SPLIT || PAIR) arrive_at_cluster(), wait_for_cluster();
     return;
   }
 
@@ -497,10 +539,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
       if (p.bias && first_row + i * 8 + g < p.N) bias[i / 2][i % 2] = T::to_float(p.bias[first_row + i * 8 + g]);
     if constexpr (kStage) {
       // [row tile][token][64 rows], 16 bytes of a token's 128 swapped by the token so that lanes hit all banks.
-      const int group = row_warp / 4, thread_of_group = threadIdx.x % 128;
+      const int group = row_warp / 4;
+      int thread = threadIdx.x % 128;
+      asm volatile("" : "+r"(thread));  // what follows from it is not to be kept in registers through the loop above
+      const int lane_row = thread % 32 / 16 * 8, lane_half = thread / 8 % 2;  // of its address in four matrices
       unsigned char* const staged = shared + kStagedAt + group * kStagedBytes;
       auto place = [&](int i, int token, int chunk) { return ((i * kStaged + token) * 8 + (chunk ^ (token % 8))) * 16; };
-      const int chunk = thread_of_group % 8, token = thread_of_group / 8;  // of 16 bytes that the thread reads
+      const int chunk = thread % 8, token = thread / 8;  // of 16 bytes that the thread reads
       const int n = (tile.row_block * ROW_TILES + group * WORDS) * 64 + chunk * 8, m = tile.token_block * TOKENS + token;
 #pragma unroll
       for (int first = 0; first < TOKENS; first += kStaged) {
@@ -514,7 +559,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
               const float* const sum = acc[r] + (first + i) / 2 + e * 2;
               v[e] = T::from_floats(sum[0] + bias[r][e % 2], sum[1] + bias[r][e % 2]);
             }
-            const int to = place(tile_of_warp % WORDS, i + lane / 16 * 8 + lane % 8, (own_word + r) * 2 + lane / 8 % 2);
+            const int to = place(tile_of_warp % WORDS, i + lane_row + thread % 8, (own_word + r) * 2 + lane_half);
             store_transposed(ring + kStagedAt + group * kStagedBytes + to, v);
           }
         }
@@ -620,4 +665,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
       }
     }
   }
+  if (PAIR) arrive_at_cluster(), wait_for_cluster();  // the other block may still write here
 }

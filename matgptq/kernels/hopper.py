@@ -2,18 +2,21 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .problem import TILE, Problem
 
-TOKENS = (8, 16, 24, 32, 48, 64, 96, 128, 256)  # that hopper.cu has a wgmma for
+TOKENS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # that hopper.cu has a wgmma for
 MAX_SPLITS = 8
 _SHARED = 227 * 1024  # of a block; an SM has 1 KiB more, of which the system takes 1 KiB a block
 
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tile of a launch: hopper.cu's macros, then the blocks of a cluster, which split k."""
+    """Tile of a launch: hopper.cu's macros, then the blocks of a cluster, which split k.
+
+    ``pair``: clusters of two blocks that share x.
+    """
 
     row_tiles: int
     words: int
@@ -21,6 +24,17 @@ class HopperConfig:
     k_groups: int
     blocks: int
     splits: int
+    pair: bool = False
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return 2 if self.pair else self.splits
+
+    @property
+    def box_tokens(self) -> int:
+        """Tokens that a block asks for at a time."""
+        return self.tokens // 2 if self.pair else self.tokens
 
     @property
     def threads(self) -> int:
@@ -81,7 +95,8 @@ def barriers_offset(problem: Problem, config: HopperConfig) -> int:
 
 def shared_bytes(problem: Problem, config: HopperConfig) -> int:
     """Dynamic shared memory of a block."""
-    return barriers_offset(problem, config) + 16 * stages(problem, config) + 8
+    ring = stages(problem, config)
+    return barriers_offset(problem, config) + 16 * ring + 8 * (ring if config.pair else 1)
 
 
 def defines(problem: Problem, config: HopperConfig) -> dict[str, str]:
@@ -94,6 +109,7 @@ def defines(problem: Problem, config: HopperConfig) -> dict[str, str]:
         "STAGES": str(stages(problem, config)),
         "BLOCKS": str(config.blocks),
         "SPLIT": str(int(config.splits > 1)),
+        "PAIR": str(int(config.pair)),
     }
 
 
@@ -111,6 +127,7 @@ def supports(config: HopperConfig, problem: Problem) -> bool:
         and stages(problem, config) >= (4 if config.turn_tiles == 1 else 2)
         and shared_bytes(problem, config) <= (_SHARED + 1024) // config.blocks - 1024
         and 1 <= config.splits <= MAX_SPLITS
+        and (not config.pair or (config.persistent and config.tokens >= 64))
         and (config.splits - 1) * config.split_turns(problem) * config.turn_tiles
         < problem.k_tiles  # no block without work
     )
@@ -127,7 +144,10 @@ def choose(problem: Problem) -> HopperConfig | None:
         return None
     if p.M <= 256 or (p.row_tiles * -(-p.M // 128) <= 264 and p.k_tiles < 128):
         return next((c for c in _tiles(p) if supports(c, p)), None)
-    return min((c for c in _candidates(p) if supports(c, p)), key=lambda c: _cost(p, c), default=None)
+    best = min((c for c in _candidates(p) if supports(c, p)), key=lambda c: _cost(p, c), default=None)
+    if best and p.M >= 1024 and best.persistent and best.row_tiles * best.tokens == 512:
+        return replace(best, pair=True)  # x from the L2 costs power, which bounds the clock
+    return best
 
 
 def _tiles(p: Problem) -> Iterator[HopperConfig]:
@@ -138,12 +158,21 @@ def _tiles(p: Problem) -> Iterator[HopperConfig]:
     tile in the mean. Blocks, in clusters that run at once, are to fill 132 SMs
     once. Tiles are (row tiles, words, tokens, k groups, blocks an SM, blocks of a cluster).
     """
-    t = next(t for t in TOKENS if t >= p.M) if p.M <= 128 else 96 if p.M <= 192 else 128
+    if p.M <= 128:
+        t = next(t for t in TOKENS if t >= p.M)
+    else:
+        t = 96 if p.M <= 192 or 256 < p.M <= 384 or 512 < p.M <= 768 else 128
     rows = p.row_tiles * -(-p.M // t)
     few_planes, long = p.planes <= 6, p.k_tiles >= 128
     two = p.group_size <= 0 or p.group_size % 32 == 0  # blocks an SM: many scales take registers
-    if p.M > 192 and rows > 264:
-        yield HopperConfig(2, 1, 256, 1, 1, 1)
+    if 128 < p.M <= 256:
+        most = 192 if p.M <= 192 else 256
+        if p.row_tiles > 132:
+            yield HopperConfig(2, 1, most, 1, 1, 1)
+        if (p.row_tiles > 96 and (most == 192 or p.planes >= 8)) or (p.row_tiles > 66 and most == 192 and p.planes >= 8):
+            yield HopperConfig(2, 1, most, 1, 1, 2)
+        if p.row_tiles <= 33 and most == 192:
+            yield HopperConfig(1, 1, 48, 2, 1, 1)
     if t <= 32:
         if rows <= 44 and two:
             yield from (HopperConfig(1, 1, t, 2, 2, splits) for splits in (6, 3) if rows * splits <= 132)
@@ -168,7 +197,7 @@ def _tiles(p: Problem) -> Iterator[HopperConfig]:
     elif rows <= 66:
         yield HopperConfig(2, 1, t, 1, 1, 3) if t == 128 else HopperConfig(1, 1, t, 2, 1, 2)
     elif rows <= 132:
-        if t <= 64 or (t == 96 and p.planes <= 3) or (t == 128 and p.planes <= 4 and not long):
+        if t <= 64 or (t == 96 and (p.planes <= 3 or p.M > 256)) or (t == 128 and p.planes <= 4 and not long):
             yield HopperConfig(1, 1, t, 2, 1, 1)
         yield HopperConfig(2, 1, t, 1, 1, 2)
     elif rows <= 264 and p.M > 96:
@@ -180,14 +209,13 @@ def _tiles(p: Problem) -> Iterator[HopperConfig]:
 
 def _candidates(p: Problem) -> Iterator[HopperConfig]:
     """Where it takes several waves: tiles that were the fastest somewhere."""
-    for t, splits in itertools.product((64, 128, 256) if p.M <= 512 else (128, 256), _CLUSTERS):
-        yield HopperConfig(2, 1, t, 1, 1, splits)
-        if t <= 128:
+    for t, splits in itertools.product((96, 128, 192, 256), _CLUSTERS):
+        if t <= 128 or splits == 1 or p.M <= 512:
+            yield HopperConfig(2, 1, t, 1, 1, splits)
+        if t == 128:
             yield HopperConfig(4, 2, t, 1, 1, splits)
         if t == 128 and p.planes <= 4:
             yield HopperConfig(1, 1, t, 2, 1, splits)
-        if t == 64:
-            yield HopperConfig(2, 1, t, 2, 1, splits)
 
 
 # By blocks of a cluster: clusters that an H200 runs at once, a block an SM (cuOccupancyMaxActiveClusters). Its 132 SMs

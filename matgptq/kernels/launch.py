@@ -54,10 +54,10 @@ class Launcher:
             _check(driver.cuFuncSetAttribute(function, limit, max(shared, _shared_of(function))))
         self._function = int(function)
         self._attributes = []
-        if problem.sm >= 90 and config.splits > 1:
+        if problem.sm >= 90 and config.cluster > 1:
             cluster = driver.CUlaunchAttribute()
             cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = config.splits, 1, 1
+            cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = config.cluster, 1, 1
             self._attributes.append(cluster)
         if problem.sm >= 90 and programmatic:
             overlap = driver.CUlaunchAttribute()
@@ -105,9 +105,10 @@ class HopperLauncher(Launcher):
         self._prepare(problem, config, hopper.shared_bytes(problem, config), device, programmatic)
         splits = (config.splits, config.split_turns(problem), hopper.barriers_offset(problem, config))
         self._constants = (*_sizes(problem), *splits, _shift(problem))
-        self._splits, self._row_blocks = config.splits, -(-problem.N // config.rows)
+        self._cluster, self._box_tokens = config.cluster, config.box_tokens
+        self._clusters = -(-problem.N // (config.rows * (2 if config.pair else 1)))  # along rows
         resident = torch.cuda.get_device_properties(device).multi_processor_count * config.blocks
-        self._most = resident if config.persistent else None  # blocks, which then compute several tiles
+        self._most = resident // config.cluster * config.cluster if config.persistent else None  # blocks, of several tiles
         self._maps: dict[tuple[int, int], bytes] = {}  # (address of x, M) -> tensor map
 
     def __call__(self, stream: int, M: int, x: Any, planes: int, scales: int, zeros: int, bias: int, y: int) -> None:
@@ -116,11 +117,11 @@ class HopperLauncher(Launcher):
         if tensor_map is None:
             if len(self._maps) >= _MANY_MAPS:
                 self._maps.clear()
-            tensor_map = self._maps[(x, M)] = _tensor_map(x, M, self.problem.K, self._tokens)
+            tensor_map = self._maps[(x, M)] = _tensor_map(x, M, self.problem.K, self._box_tokens)
         super().__call__(stream, M, tensor_map, planes, scales, zeros, bias, y)
 
     def _blocks(self, token_blocks: int) -> tuple[int, int, int]:
-        blocks = self._row_blocks * token_blocks * self._splits
+        blocks = self._clusters * token_blocks * self._cluster
         return blocks if self._most is None else min(blocks, self._most), 1, 1
 
 

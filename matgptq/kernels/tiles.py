@@ -47,6 +47,11 @@ class Config:
         """Tokens of a block."""
         return 2 if self.few else 8 * self.token_tiles
 
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return self.splits
+
     def split_tiles(self, problem: Problem) -> int:
         """k tiles of one of ``splits`` blocks, in whole turns."""
         turns = -(-problem.k_tiles // self.turn_tiles)
