@@ -200,7 +200,9 @@ def product_cases(quick: bool) -> Iterator[tuple[dict[str, Any], int]]:
         yield {"N": N, "K": K, "bits": bits, "group_size": 16 if K % 64 else 64}, M
     # Every family of tiles that `choose` takes; those of linear.cu and hopper.cu with all ways of holding weights.
     shapes = [(2048, 2048), (4096, 4096), (6144, 1024), (8192, 1024), (12288, 1024), (28672, 1024), (4096, 14336)]
-    for (N, K), M in itertools.product(shapes, (4, 8, 9, 16, 24, 32, 48, 64, 96, 128, 160, 200, 256, 350, 512, 700, 1100)):
+    for (N, K), M in itertools.product(
+        shapes, (4, 8, 9, 16, 24, 32, 48, 64, 96, 128, 160, 200, 256, 350, 512, 700, 1100)
+    ):
         for zeros, (resident, rule), (bits, dtype) in zip(
             (False, True, False, True, True), (*holds, *holds[1:]), itertools.product((4, 7, 2), DTYPES), strict=False
         ):

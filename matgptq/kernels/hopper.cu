@@ -12,10 +12,12 @@
 // each weight is, with one rounding in 16 bits, and sums run through all of K. With zeros, weights are made in fp32.
 //
 // The blocks of a cluster split k; each adds up and stores its share of the sums, in one fixed order, from its shared memory.
-// Without a cluster, and with one group along k, a block computes several tiles: the ring fills for the next while one is stored.
+// Where k is not split, and with one group along k, a block computes several tiles: the ring fills for the next while one is
+// stored, from 64 tokens on by whole rows of y, which pass through shared memory. From 1024 tokens on two such blocks are a
+// cluster and share x: each asks for half of it, for both.
 //
-// Measured on an H200 (2026-11-22): to 128 tokens decoding bounds it, with the registers that wgmma takes from its instructions,
-// and what a call costs whatever its size; from 256 on the tensor cores, and from 2048 on the clock, which falls.
+// Measured on an H200 (2026-11-23): to 128 tokens decoding bounds it, with the registers that wgmma takes from its instructions,
+// and what a call costs whatever its size; from 256 on the tensor cores, and from 2048 on power, to which the clock falls.
 // docs/kernels.md has the figures.
 //
 // Limits: as linear.cu's. Between wgmmas there must be no branch: the compiler then waits for each before the next (C7513).
@@ -27,7 +29,7 @@
 //   STAGES     turns in the ring
 //   BLOCKS     blocks an SM, 1 or 2
 //   SPLIT      1: clusters split k
-//   PAIR       1: clusters of two blocks, neighbours along rows, share x: each asks for half of it, for both
+//   PAIR       1: clusters of two blocks, neighbours along rows, share x
 #include "decode.cuh"
 
 using uint64_t = unsigned long long;

@@ -169,7 +169,7 @@ def _tiles(p: Problem) -> Iterator[HopperConfig]:
         most = 192 if p.M <= 192 else 256
         if p.row_tiles > 132:
             yield HopperConfig(2, 1, most, 1, 1, 1)
-        if (p.row_tiles > 96 and (most == 192 or p.planes >= 8)) or (p.row_tiles > 66 and most == 192 and p.planes >= 8):
+        elif p.row_tiles > (66 if most == 192 and p.planes >= 8 else 96 if most == 192 or p.planes >= 8 else 132):
             yield HopperConfig(2, 1, most, 1, 1, 2)
         if p.row_tiles <= 33 and most == 192:
             yield HopperConfig(1, 1, 48, 2, 1, 1)

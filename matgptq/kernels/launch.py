@@ -108,7 +108,8 @@ class HopperLauncher(Launcher):
         self._cluster, self._box_tokens = config.cluster, config.box_tokens
         self._clusters = -(-problem.N // (config.rows * (2 if config.pair else 1)))  # along rows
         resident = torch.cuda.get_device_properties(device).multi_processor_count * config.blocks
-        self._most = resident // config.cluster * config.cluster if config.persistent else None  # blocks, of several tiles
+        # blocks, which then compute several tiles
+        self._most = resident // config.cluster * config.cluster if config.persistent else None
         self._maps: dict[tuple[int, int], bytes] = {}  # (address of x, M) -> tensor map
 
     def __call__(self, stream: int, M: int, x: Any, planes: int, scales: int, zeros: int, bias: int, y: int) -> None:

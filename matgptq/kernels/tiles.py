@@ -167,13 +167,15 @@ def _few_tiles(p: Problem) -> Iterator[Config]:
 
     if rows >= 256:
         if planes <= 3 or (planes == 4 and not long):
-            yield tile(2, 2, 4, 2, 2 if long else 1)
+            yield tile(2, 2, 4, 3 if planes <= 3 and not long else 2, 2 if long else 1)
         elif planes <= 6:
             yield tile(2 if planes == 4 else 1, 1, 8, 2, 1) if long else tile(1, 2, 4, 3, 1)
         return
     if rows > 132 or (planes > 2 and rows < 128 and p.k_tiles > 128):
         return
-    if planes <= 3 or (planes == 4 and rows >= 128):
+    if rows <= 66 and long and p.M == 1:
+        yield tile(2, 1, 8, 4, 2)
+    if (planes <= 3 and not 66 < rows < 128) or (planes == 4 and rows >= 128):
         yield tile(2, 1, 8, 2, 2)
     elif planes <= 6 and (rows >= 128 or 48 < rows <= 66):
         yield tile(1, 1, 8, 3, 2)
@@ -194,7 +196,7 @@ def linear_choice(problem: Problem) -> Config:
 
 
 def _preferred(p: Problem) -> Config:
-    """Measured on an H200, 2026-11-22, for 3 to 8 tokens 2026-11-23: fp16, group_size 128, widths 2, 3, 4, 6, 8, M 1 to
+    """Measured on an H200, 2026-11-22, for 1 to 8 tokens 2026-11-23: fp16, group_size 128, widths 2, 3, 4, 6, 8, M 1 to
     64, N x K 2048^2 to 16384^2, 6144 x 4096, 28672 x 4096, 4096 x 14336."""
     low, rows = p.planes <= 4, p.row_tiles
     splits = 2 if rows <= 64 else 1
@@ -234,6 +236,8 @@ def _preferred(p: Problem) -> Config:
         if not low and p.k_tiles >= 128:
             return tile(1, 1, 1, 2, 8, 3, 1, 1)
         return tile(1, 1, 2 if low else 1, 4, 4, 2, 1, 2 if rows <= 264 else 1)
+    if p.M <= 2 and rows <= 66 and (p.k_tiles >= 128 or p.planes >= 7):
+        return tile(1, 1, 2 if p.planes <= 6 else 1, 1, 8, 3, 1, splits)
     if low and p.planes > 2 and rows > 96 and p.M > 2:
         return tile(1, 1, 1, 2, 8, 2, 1, 2 if rows <= 132 else 1)
     if p.k_tiles >= 128 and rows <= 96 and p.planes > 2 and (low or p.M > 2):
