@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import matgptq
+from matgptq.kernels.tiles import Problem, choose, defines, supports
 from matgptq.quantizer.pipeline import quantize
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -113,3 +114,24 @@ def test_answers_are_compared_by_their_tokens(tiny_folder, tmp_path, monkeypatch
 
     monkeypatch.setattr(generate_check, "answers", differs)
     assert generate_check.main() == 1
+
+
+@pytest.mark.parametrize("sm", [86, 90])
+@pytest.mark.parametrize("M", [1, 40])
+def test_a_sweep_times_the_chosen_tile_and_others(monkeypatch, M, sm):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from sweep_tiles import every_tile
+
+    problem = Problem(M, 4096, 4096, 4, sm=sm)
+    found = list(every_tile(problem))
+    assert found[0] == choose(problem)
+    assert len(set(found)) == len(found) > 8
+    assert all(supports(config, problem) for config in found)
+    kernels = {defines(problem, config)["KERNEL"] for config in found}
+    assert kernels == {"linear"} | ({"few"} if M == 1 else set()) | ({"hopper"} if sm == 90 else set())
+
+
+def test_a_sweep_needs_a_gpu():
+    command = [sys.executable, str(BENCHMARKS / "sweep_tiles.py"), "--shapes", "64x64"]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert (run.returncode, run.stderr) == (2, "sweep_tiles.py needs a CUDA GPU, and torch finds none\n")

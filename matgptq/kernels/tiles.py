@@ -152,7 +152,7 @@ def few_choice(problem: Problem) -> Config | None:
     """The tile of few.cu for a problem; None where linear.cu is the better kernel, or the only one."""
     if problem.M > 2 or (problem.group_size > 0 and problem.group_size % 64):
         return None
-    return next((config for config in _few_tiles(problem) if _fits(config, problem)), None)
+    return next((config for config in _few_tiles(problem) if fits(config, problem)), None)
 
 
 def _few_tiles(p: Problem) -> Iterator[Config]:
@@ -160,10 +160,9 @@ def _few_tiles(p: Problem) -> Iterator[Config]:
     planes, rows, long = p.planes, p.row_tiles, p.k_tiles >= 128
 
     def tile(turn_tiles: int, warps_n: int, warps_k: int, stages: int, splits: int) -> Config:
-        config = Config(1, 1, turn_tiles, warps_n, warps_k, stages, 2, splits if p.sm >= 90 else 1, 0, True)
-        turn = warps_k * turn_tiles
-        chunk = config.threads // (4 * p.M) // turn * turn  # 16 values of x a thread
-        return replace(config, chunk_tiles=min(max(chunk, turn), _whole(p, config).chunk_tiles))
+        return with_chunk(
+            p, Config(1, 1, turn_tiles, warps_n, warps_k, stages, 2, splits if p.sm >= 90 else 1, 0, True)
+        )
 
     if rows >= 256:
         if planes <= 3 or (planes == 4 and not long):
@@ -189,8 +188,8 @@ def linear_choice(problem: Problem) -> Config:
     """The tile of linear.cu for a problem."""
     config = _preferred(problem)
     if problem.sm < 90:
-        config = _whole(problem, replace(config, splits=1))
-    while not _fits(config, problem):
+        config = with_chunk(problem, replace(config, splits=1))
+    while not fits(config, problem):
         config = _smaller(config, problem)
     return config
 
@@ -211,7 +210,7 @@ def _preferred(p: Problem) -> Config:
         blocks: int,
         splits: int,
     ) -> Config:
-        return _whole(p, Config(token_tiles, row_tiles, turn_tiles, warps_n, warps_k, stages, blocks, splits, 0))
+        return with_chunk(p, Config(token_tiles, row_tiles, turn_tiles, warps_n, warps_k, stages, blocks, splits, 0))
 
     # Several scales a tile take registers, so there are fewer warps or tokens.
     if p.group_size > 0 and p.group_size % 32:
@@ -250,13 +249,16 @@ def _preferred(p: Problem) -> Config:
     return tile(1, 1, 2 if low else 1, 1, 8, 2, 2 if registers_for_two else 1, splits)
 
 
-def _whole(problem: Problem, config: Config) -> Config:
-    """The tile with all x of a block's k in one chunk."""
-    turns = -(-config.split_tiles(problem) // (config.turn_tiles * config.warps_k))
-    return replace(config, chunk_tiles=max(turns, 1) * config.turn_tiles * config.warps_k)
+def with_chunk(problem: Problem, config: Config) -> Config:
+    """The tile with its chunk of x: all of a block's k; in few.cu at most 16 values of x a thread."""
+    turn = config.turn_tiles * config.warps_k
+    chunk = max(-(-config.split_tiles(problem) // turn), 1) * turn
+    if config.few:
+        chunk = min(chunk, max(config.threads // (4 * problem.M) // turn, 1) * turn)
+    return replace(config, chunk_tiles=chunk)
 
 
-def _fits(config: Config, problem: Problem) -> bool:
+def fits(config: Config, problem: Problem) -> bool:
     """Whether as many blocks as a tile is compiled for fit an SM's shared memory (1 KiB of each is the system's)."""
     capacity = (_SHARED_LIMIT.get(problem.sm, 99) + 1) * 1024
     return supports(config, problem) and config.blocks * (shared_bytes(problem, config) + 1024) <= capacity
@@ -265,20 +267,20 @@ def _fits(config: Config, problem: Problem) -> bool:
 def _smaller(config: Config, problem: Problem) -> Config:
     """The next best tile after one that does not fit."""
     if config.splits > 1 and (config.splits - 1) * config.split_tiles(problem) >= problem.k_tiles:
-        return _whole(problem, replace(config, splits=config.splits - 1))
+        return with_chunk(problem, replace(config, splits=config.splits - 1))
     turn = config.turn_tiles * config.warps_k
     least = max(config.stages, 2) * turn  # where x does not fit whole, small pieces were faster than large ones
     if config.chunk_tiles > least:
         return replace(config, chunk_tiles=least)
     if config.stages > 2:
-        return _whole(problem, replace(config, stages=config.stages - 1))
+        return with_chunk(problem, replace(config, stages=config.stages - 1))
     if config.blocks > 1:
-        return _whole(problem, replace(config, blocks=config.blocks // 2))
+        return with_chunk(problem, replace(config, blocks=config.blocks // 2))
     if config.turn_tiles > 1:
-        return _whole(problem, replace(config, turn_tiles=1))
+        return with_chunk(problem, replace(config, turn_tiles=1))
     if config.row_tiles > 1:
-        return _whole(problem, replace(config, row_tiles=1))
+        return with_chunk(problem, replace(config, row_tiles=1))
     if config.stages > 1:
-        return _whole(problem, replace(config, stages=1))
+        return with_chunk(problem, replace(config, stages=1))
     assert config.warps_k > 1, (config, problem)
-    return _whole(problem, replace(config, warps_k=config.warps_k // 2))
+    return with_chunk(problem, replace(config, warps_k=config.warps_k // 2))
