@@ -163,8 +163,8 @@ def part_ratios(options: argparse.Namespace) -> str:
         "groups of 32": {"group_size": 32},
         "one group": {"group_size": -1},
     }
-    points = itertools.product((8, 16), (4096, 8192), (2, 3, 4, 6, 8)) if options.quick else ()
-    points = points or itertools.product((1, 8, 16), (4096, 8192, 16384), (2, 3, 4, 6, 8))
+    points = itertools.product((8, 64), (4096, 8192), (2, 3, 4, 6, 8)) if options.quick else ()
+    points = points or itertools.product((1, 8, 16, 64, 512), (4096, 8192, 16384), (2, 3, 4, 6, 8))
     plain = [Case(M, size, size, bits) for M, size, bits in points]
     every = [*plain, *(replace(case, **kind) for kind in kinds.values() for case in plain)]
     report = measure(every, torch.device("cuda"), progress=False)
@@ -173,9 +173,13 @@ def part_ratios(options: argparse.Namespace) -> str:
     us = {Case(**{name: row[name] for name in names}): row["us"] for row in report["results"]}
     said = []
     for name, kind in kinds.items():
-        ratios = [us[replace(case, **kind)] / us[case] for case in plain]
-        said.append(f"{name} {statistics.median(ratios):.2f} (worst {max(ratios):.2f})")
-    return ", ".join(said)
+        for tokens, cases in (
+            ("to 16 tokens", [c for c in plain if c.M <= 16]),
+            ("more", [c for c in plain if c.M > 16]),
+        ):
+            ratios = [us[replace(case, **kind)] / us[case] for case in cases]
+            said.append(f"{name}, {tokens}, {statistics.median(ratios):.2f} (worst {max(ratios):.2f})")
+    return "; ".join(said)
 
 
 def part_generate(options: argparse.Namespace) -> str:
