@@ -62,10 +62,10 @@ constexpr int kPlanesAt = kTurnTiles * kBox, kScalesAt = kPlanesAt + kTurnTiles 
 constexpr int kZerosAt = kScalesAt + kParts * ROW_TILES * 128;
 constexpr int kStageBytes = (kZerosAt + (SHIFT == 2 ? kParts * ROW_TILES * 256 : 0) + 1023) / 1024 * 1024;
 constexpr bool kExchange = K_GROUPS > 1 || SPLIT;  // sums pass through shared memory
-// Else, with many tokens, y does, behind the ring: kStaged tokens at a time of the 64 * WORDS rows of a warpgroup.
-constexpr bool kStage = !kExchange && TOKENS >= 64;
-constexpr int kStaged = TOKENS % 64 == 0 ? 64 / WORDS : 32;
-constexpr int kStagedAt = STAGES * kStageBytes, kStagedBytes = kStaged * WORDS * 128;
+// Else, with many tokens, y does, behind the ring: kPass tokens at a time of the 64 * WORDS rows of a warpgroup.
+constexpr bool kByRows = !kExchange && TOKENS >= 64;
+constexpr int kPass = TOKENS % 64 == 0 ? 64 / WORDS : 32;
+constexpr int kPassAt = STAGES * kStageBytes, kPassBytes = kPass * WORDS * 128;
 constexpr int kColumns = TOKENS / 8, kUnits = WORDS * kColumns;  // a unit: a thread's sums of a word and eight tokens
 constexpr float kUnit = BITS < 5 ? float(1 << (8 - BITS)) : 1.0f;  // a unit of the decoded integers, in levels
 constexpr int kBand = 16 / kSharers;  // clusters along rows that are computed at a time, to share x in the L2
@@ -539,38 +539,41 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
 #pragma unroll
     for (int i = 0; i < 2 * WORDS; ++i)
       if (p.bias && first_row + i * 8 + g < p.N) bias[i / 2][i % 2] = T::to_float(p.bias[first_row + i * 8 + g]);
-    if constexpr (kStage) {
-      // [row tile][token][64 rows], 16 bytes of a token's 128 swapped by the token so that lanes hit all banks.
+    if constexpr (kByRows) {
+      // [row tile][token][64 rows] in shared memory, the 16-byte chunks of a token in an order of its own: lanes hit all banks.
       const int group = row_warp / 4;
       int thread = threadIdx.x % 128;
       asm volatile("" : "+r"(thread));  // what follows from it is not to be kept in registers through the loop above
-      const int lane_row = thread % 32 / 16 * 8, lane_half = thread / 8 % 2;  // of its address in four matrices
-      unsigned char* const staged = shared + kStagedAt + group * kStagedBytes;
-      auto place = [&](int i, int token, int chunk) { return ((i * kStaged + token) * 8 + (chunk ^ (token % 8))) * 16; };
-      const int chunk = thread % 8, token = thread / 8;  // of 16 bytes that the thread reads
+      // A lane has the address of a token's 8 rows in one of four matrices: rows g and 8 + g of 8 tokens, and of the next 8.
+      const int lane_octet = thread % 32 / 16 * 8, lane_half = thread / 8 % 2;
+      unsigned char* const passing = shared + kPassAt + group * kPassBytes;
+      auto place = [&](int row_tile, int token, int chunk) {
+        return ((row_tile * kPass + token) * 8 + (chunk ^ (token % 8))) * 16;
+      };
+      const int chunk = thread % 8, token = thread / 8;  // that the thread reads
       const int n = (tile.row_block * ROW_TILES + group * WORDS) * 64 + chunk * 8, m = tile.token_block * TOKENS + token;
 #pragma unroll
-      for (int first = 0; first < TOKENS; first += kStaged) {
+      for (int first = 0; first < TOKENS; first += kPass) {
 #pragma unroll
         for (int r = 0; r < WORDS; ++r) {
 #pragma unroll
-          for (int i = 0; i < kStaged; i += 16) {
-            uint32_t v[4];  // rows g and 8 + g of eight tokens, of the next eight
+          for (int i = 0; i < kPass; i += 16) {
+            uint32_t v[4];
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
               const float* const sum = acc[r] + (first + i) / 2 + e * 2;
               v[e] = T::from_floats(sum[0] + bias[r][e % 2], sum[1] + bias[r][e % 2]);
             }
-            const int to = place(tile_of_warp % WORDS, i + lane_row + thread % 8, (own_word + r) * 2 + lane_half);
-            store_transposed(ring + kStagedAt + group * kStagedBytes + to, v);
+            const int to = place(tile_of_warp % WORDS, i + lane_octet + thread % 8, (own_word + r) * 2 + lane_half);
+            store_transposed(ring + kPassAt + group * kPassBytes + to, v);
           }
         }
         sync_warpgroup(2 + group);
 #pragma unroll
         for (int i = 0; i < WORDS; ++i) {
 #pragma unroll
-          for (int k = 0; k < kStaged; k += 16) {
-            const uint4 v = *reinterpret_cast<const uint4*>(staged + place(i, token + k, chunk));
+          for (int k = 0; k < kPass; k += 16) {
+            const uint4 v = *reinterpret_cast<const uint4*>(passing + place(i, token + k, chunk));
             const int rows = p.N - (n + i * 64);  // from here to the end
             if (m + first + k >= p.M || rows <= 0) continue;
             uint16_t* const to = p.y + size_t(m + first + k) * p.N + n + i * 64;

@@ -153,10 +153,10 @@ def choose(problem: Problem) -> HopperConfig | None:
 def _tiles(p: Problem) -> Iterator[HopperConfig]:
     """Where one wave of blocks may do: the best tile and what to take where it does not fit.
 
-    Measured on an H200, 2026-11-23: fp16, groups of 128, 2, 4 and 8 bits, M 8 to 256, 2048 x 2048 to 16384 x 16384,
-    6144 x 4096, 28672 x 4096, 4096 x 14336 (`benchmarks/results/h200/hopper_tiles.json`): 0.4 % longer than the fastest
-    tile in the mean. Blocks, in clusters that run at once, are to fill 132 SMs
-    once. Tiles are (row tiles, words, tokens, k groups, blocks an SM, blocks of a cluster).
+    Measured on an H200, 2026-11-23: fp16, groups of 128, 2, 4 and 8 bits, M 8 to 768, 2048 x 2048 to 16384 x 16384,
+    6144 x 4096, 28672 x 4096, 4096 x 14336 (`benchmarks/results/h200/hopper_tiles.json`): with `_candidates` 0.4 %
+    longer than the fastest tile in the mean. Blocks, in clusters that run at once, are to fill 132 SMs once. Tiles are
+    (row tiles, words, tokens, k groups, blocks an SM, blocks of a cluster).
     """
     if p.M <= 128:
         t = next(t for t in TOKENS if t >= p.M)
@@ -166,13 +166,7 @@ def _tiles(p: Problem) -> Iterator[HopperConfig]:
     few_planes, long = p.planes <= 6, p.k_tiles >= 128
     two = p.group_size <= 0 or p.group_size % 32 == 0  # blocks an SM: many scales take registers
     if 128 < p.M <= 256:
-        most = 192 if p.M <= 192 else 256
-        if p.row_tiles > 132:
-            yield HopperConfig(2, 1, most, 1, 1, 1)
-        elif p.row_tiles > (66 if most == 192 and p.planes >= 8 else 96 if most == 192 or p.planes >= 8 else 132):
-            yield HopperConfig(2, 1, most, 1, 1, 2)
-        if p.row_tiles <= 33 and most == 192:
-            yield HopperConfig(1, 1, 48, 2, 1, 1)
+        yield from _tiles_of_all_tokens(p)
     if t <= 32:
         if rows <= 44 and two:
             yield from (HopperConfig(1, 1, t, 2, 2, splits) for splits in (6, 3) if rows * splits <= 132)
@@ -205,6 +199,17 @@ def _tiles(p: Problem) -> Iterator[HopperConfig]:
     else:
         yield HopperConfig(4, 2, t, 1, 1, 2 if rows <= 264 else 1)
     yield from (HopperConfig(1, 1, min(t, 64), 2, 1, splits) for splits in (2, 1))
+
+
+def _tiles_of_all_tokens(p: Problem) -> Iterator[HopperConfig]:
+    """129 to 256 tokens: one tile holds them all where there are rows enough, and then decodes each weight once."""
+    t = 192 if p.M <= 192 else 256
+    many_planes = p.planes >= 8
+    least = 66 if many_planes and t == 192 else 96 if many_planes or t == 192 else 132
+    if p.row_tiles > least:
+        yield HopperConfig(2, 1, t, 1, 1, 1 if p.row_tiles > 132 else 2)
+    if p.row_tiles <= 33 and t == 192:
+        yield HopperConfig(1, 1, 48, 2, 1, 1)
 
 
 def _candidates(p: Problem) -> Iterator[HopperConfig]:
