@@ -1,11 +1,13 @@
 """The runner of ``make gpu-check`` and the script that compares answers, as far as they go without a GPU."""
 
+import ctypes
 import json
 import os
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,3 +134,27 @@ def test_a_sweep_times_the_chosen_tile_and_others(monkeypatch, M, sm):
     assert all(supports(config, problem) for config in found)
     kernels = {defines(problem, config)["KERNEL"] for config in found}
     assert kernels == {"linear"} | ({"few"} if M == 1 else set()) | ({"hopper"} if sm == 90 else set())
+
+
+def test_a_sweep_compares_the_results_of_tiles(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import sweep_tiles
+
+    case, problem = sweep_tiles.Case(2, 64, 128, 4), Problem(2, 64, 128, 4)
+    answer = torch.randn(2, 64, dtype=torch.float16)
+    wrong = {"tile 2": answer + 1}
+
+    def make_launcher(problem, config, device):
+        def launch(stream, M, x, planes, scales, zeros, bias, y):
+            ctypes.memmove(y, wrong.get(config, answer).data_ptr(), answer.nbytes)
+
+        return launch
+
+    monkeypatch.setattr(sweep_tiles, "make_launcher", make_launcher)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    cpu = torch.device("cpu")
+    times = sweep_tiles.sweep(case, problem, ["tile 0", "tile 1"], cpu)
+    assert len(times) == 2
+    assert min(times) > 0
+    with pytest.raises(ArithmeticError, match=r"results of tiles must agree to 0.001, got .* of tile 2"):
+        sweep_tiles.sweep(case, problem, ["tile 0", "tile 1", "tile 2"], cpu)

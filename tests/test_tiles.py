@@ -1,6 +1,7 @@
 """Tile choice: pure, total, and never more than a GPU has."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -78,6 +79,22 @@ def test_hopper_covers_every_problem_of_many_tokens():
             assert config.splits * config.split_turns(problem) * config.turn_tiles >= problem.k_tiles
             assert architecture(problem, config) == "sm_90a"
             assert defines(problem, config)["KERNEL"] == "hopper"
+
+
+def test_pairs_share_x_beyond_a_thousand_tokens():
+    alone, pair = (choose(Problem(M, 8192, 8192, 4)) for M in (512, 2048))
+    assert alone == replace(pair, pair=False)
+    assert (alone.cluster, alone.box_tokens) == (1, 256)
+    assert (pair.cluster, pair.box_tokens) == (2, 128)
+    problem = Problem(2048, 8192, 8192, 4)
+    of_a_stage = (hopper.shared_bytes(problem, pair) - hopper.shared_bytes(problem, alone)) // 8 + 1
+    assert of_a_stage == hopper.stages(problem, pair)  # a barrier each, where a block alone has one
+    for other in (
+        replace(pair, splits=2),
+        replace(pair, row_tiles=1, tokens=128, k_groups=2),
+        replace(pair, tokens=48),
+    ):
+        assert not supports(other, problem)
 
 
 def test_tokens_choose_the_kernel():
