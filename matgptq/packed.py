@@ -27,6 +27,7 @@ class PackedLinear(MatGPTQLinear):
     """A `MatGPTQLinear` whose weights are bit planes in tensor-core order. Same equation, same ``bits`` and ``widths``.
 
     The kernels count in units of 8-bit codes; narrower codes are shifted up, with scales and zeros to match.
+    `state_dict` gives, and `load_state_dict` takes, the layer as it is stored (`unpacked`).
 
     Args:
         layer: the layer to pack; it is not changed.
@@ -180,28 +181,10 @@ class PackedLinear(MatGPTQLinear):
                 f"({self.name}): save the model before it is packed"
             )
         codes = unpack(self.planes, self.out_features, self.in_features)
-        stored_bits = self.stored_bits if self.resident else self.bits
-        whole = stored_bits == self.master_bits
         if self.resident:
-            codes >>= MAX_BITS - stored_bits
-        layer = MatGPTQLinear(
-            self.in_features,
-            self.out_features,
-            self.bias is not None,
-            bits=self.bits,
-            group_size=self.group_size,
-            sym=self.zero_dtype is None,
-            rule=self.rule,
-            master_bits=self.master_bits,
-            stored_bits=None if whole else stored_bits,
-            act_order=self.perm is not None,
-            own_widths=self.own_widths if self.resident else (),
-            dtype=self.stored_dtype,
-            zero_dtype=self.zero_dtype or torch.uint8,
-            device="meta",
-            name=self.name,
-        )
-        layer.qweight = codes if whole else pack_planes(codes, stored_bits)
+            codes >>= MAX_BITS - self.stored_bits
+        layer = self._stored(torch.device("meta"))
+        layer.qweight = codes if layer.stored_bits == self.master_bits else pack_planes(codes, layer.stored_bits)
         shift = MAX_BITS - self.master_bits
         for name, buffer in self.named_buffers():
             if name.startswith("scales"):
@@ -216,8 +199,55 @@ class PackedLinear(MatGPTQLinear):
         layer.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone(), False)
         return layer
 
+    def _stored(self, device: torch.device) -> MatGPTQLinear:
+        """A layer of the form in which this one is stored, without weights."""
+        stored_bits = self.stored_bits if self.resident else self.bits
+        return MatGPTQLinear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            bits=self.bits,
+            group_size=self.group_size,
+            sym=self.zero_dtype is None,
+            rule=self.rule,
+            master_bits=self.master_bits,
+            stored_bits=None if stored_bits == self.master_bits else stored_bits,
+            act_order=self.perm is not None,
+            own_widths=self.own_widths if self.resident else (),
+            dtype=self.stored_dtype,
+            zero_dtype=self.zero_dtype or torch.uint8,
+            device=device,
+            name=self.name,
+        )
+
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         self.unpacked()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes what `state_dict` gives: the layer as it is stored, all of it or nothing, and packs it again."""
+        layer, errors = self._stored(self.planes.device), len(error_msgs)
+        missing: list[str] = []
+        layer._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        missing_keys += missing
+        if missing:
+            if any(name.startswith(prefix) for name in state_dict):
+                error_msgs.append(f"a packed layer must be given whole, got it without {', '.join(missing)}")
+            return
+        if len(error_msgs) > errors:
+            return
+        packed = PackedLinear(layer, dtype=self.dtype, resident=self.resident)
+        with torch.no_grad():
+            for name, tensor in itertools.chain(self.named_buffers(), self.named_parameters()):
+                tensor.copy_(getattr(packed, name))
 
 
 def pack(model: nn.Module, *, dtype: torch.dtype | None = None, resident: bool = True) -> None:

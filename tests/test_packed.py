@@ -23,7 +23,7 @@ def layer(
     rule="round", sym=True, master_bits=8, stored_bits=None, own=(), act_order=False, dtype=torch.float16, **options
 ):
     """A layer of 70 x 96 with random contents."""
-    torch.manual_seed(0)
+    torch.manual_seed(options.pop("seed", 0))
     made = matgptq.MatGPTQLinear(
         96,
         70,
@@ -98,6 +98,32 @@ def test_what_was_packed_can_be_stored_again(options, resident):
         assert all(torch.equal(again.state_dict()[k], v) for k, v in stored.state_dict().items())
     assert packed.state_dict().keys() == again.state_dict().keys()
     torch.testing.assert_close(again(X), stored(X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
+@pytest.mark.parametrize("resident", [True, False])
+def test_what_was_stored_is_loaded_into_the_same_memory(options, resident):
+    first, second = (
+        PackedLinear(layer(**options, seed=seed), dtype=torch.float16, resident=resident) for seed in (0, 1)
+    )
+    places = {name: tensor.data_ptr() for name, tensor in first.named_buffers()}
+    assert not torch.equal(first(X), second(X))
+    assert first.load_state_dict(second.state_dict()) == ([], [])
+    assert torch.equal(first(X), second(X))
+    assert places == {name: tensor.data_ptr() for name, tensor in first.named_buffers()}
+
+
+def test_a_packed_layer_is_loaded_whole_or_not_at_all():
+    first, second = (PackedLinear(layer(seed=seed), dtype=torch.float16) for seed in (0, 1))
+    before, saved = first(X), second.state_dict()
+    assert first.load_state_dict({}, strict=False).missing_keys == ["bias", "qweight", "scales"]
+    with pytest.raises(RuntimeError, match="a packed layer must be given whole, got it without bias, scales"):
+        first.load_state_dict({"qweight": saved["qweight"]}, strict=False)
+    with pytest.raises(RuntimeError, match="size mismatch for qweight"):
+        first.load_state_dict({**saved, "qweight": saved["qweight"][:3]})
+    assert torch.equal(first(X), before)
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "planes"'):
+        first.load_state_dict({**saved, "planes": second.planes})
 
 
 def test_a_packed_layer_holds_its_bits_and_no_more():
