@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from matgptq.bench import TOLERANCE, Case, copies, new_report, random_layer, time_calls, tokens
+from matgptq.bench import TOLERANCE, Case, new_report, other_planes, random_layer, time_calls, tokens
 from matgptq.bench_linear import shape
-from matgptq.kernels import hopper, nvrtc
-from matgptq.kernels.launch import Launcher, make_launcher
-from matgptq.kernels.tiles import AnyConfig, Config, Problem, architecture, choose, defines, fits, supports, with_chunk
+from matgptq.kernels import hopper
+from matgptq.kernels.launch import Launcher, compile_tiles, make_launcher
+from matgptq.kernels.tiles import AnyConfig, Config, Problem, choose, defines, fits, with_chunk
 
 WARPS = [(n, k) for n in (1, 2, 4) for k in (2, 4, 8, 16) if 4 <= n * k <= 16]
 
@@ -39,7 +39,7 @@ def every_tile(problem: Problem) -> Iterator[AnyConfig]:
     others: list[AnyConfig] = [*linear_tiles(problem), *hopper_tiles(problem)]
     for config in dict.fromkeys(others):
         blocks = -(-problem.N // config.rows) * -(-problem.M // config.tokens) * config.cluster
-        if config != chosen and blocks >= 44 and supports(config, problem):
+        if config != chosen and blocks >= 44:
             yield config
 
 
@@ -81,9 +81,7 @@ def sweep(case: Case, problem: Problem, configs: list[AnyConfig], device: torch.
     """
     _, packed = random_layer(case, device)
     x = tokens(case, device)
-    turns = [packed.planes] + [
-        torch.randint_like(packed.planes, -(2**31), 2**31 - 1) for _ in range(1, copies(packed.planes.nbytes, device))
-    ]
+    turns = [packed.planes, *other_planes(packed, device)]
     launchers = [make_launcher(problem, config, device.index) for config in configs]
 
     def call(launcher: Launcher, planes: Tensor, y: Tensor) -> Tensor:
@@ -127,9 +125,7 @@ def main() -> None:
         problem = Problem(M, N, K, bits, options.dtype, options.group_size, sm=10 * major + minor)
         configs[case] = (problem, list(every_tile(problem)))
     every = [(problem, config) for problem, found in configs.values() for config in found]
-    variants = {(tuple(defines(p, c).items()), architecture(p, c)) for p, c in every}
-    print(f"{len(every)} tiles of {len(configs)} problems, {len(variants)} variants", flush=True)
-    nvrtc.load_cubins((dict(macros), arch) for macros, arch in sorted(variants))
+    print(f"{len(every)} tiles of {len(configs)} problems, {compile_tiles(every)} kernels", flush=True)
     report = new_report(device)
     report["columns"] = ["M", "N", "K", "bits", "kernel", "tile", "us"]
     for case, (problem, found) in configs.items():

@@ -254,6 +254,13 @@ def copies(nbytes: int, device: torch.device) -> int:
     return max(2, -(-ROTATION_BYTES // nbytes)) if device.type == "cuda" else 1
 
 
+def other_planes(packed: PackedLinear, device: torch.device) -> Iterator[Tensor]:
+    """Random planes that take turns with those of ``packed``."""
+    read = packed.planes.nbytes * packed.bits // packed.planes.shape[2]
+    for _ in range(1, copies(read, device)):
+        yield torch.randint_like(packed.planes, -(2**31), 2**31 - 1)
+
+
 def _measure_layer(
     layer: Case, cases: Sequence[Case], device: torch.device, cuda_graph: bool
 ) -> Iterator[tuple[Case, dict[str, Any]]]:
@@ -265,10 +272,10 @@ def _measure_layer(
     errors = [check(case, packed, x, want) for case, x, want in zip(cases, xs, wants, strict=True)]
     del wants
     turns = [packed]
-    for _ in range(1, copies(packed.planes.nbytes * layer.bits // packed.planes.shape[2], device)):
+    for planes in other_planes(packed, device):
         turn = copy.copy(packed)
         turn._buffers = dict(packed._buffers)
-        turn.planes = torch.randint_like(packed.planes, -(2**31), 2**31 - 1)
+        turn.planes = planes
         turns.append(turn)
     for case, x, error in zip(cases, xs, errors, strict=True):
         times = time_calls([partial(turn, x) for turn in turns], device, cuda_graph)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ class Decoder:
         self._stream = torch.cuda.Stream(model.device) if self._captures else None  # torch's own is of one GPU
         self._token = torch.zeros(batch_size, 1, dtype=torch.long, device=model.device)
         self._layers = list(quantized_layers(model).values())
+        self._compiles = compile
         self._open = [m for m in self._layers if isinstance(m, PackedLinear)] if compile else []
         options = step_options(model.device) if compile else None
         self._compute = (
@@ -159,10 +161,8 @@ class Decoder:
     def _advance(self) -> None:
         for layer in self._open:
             layer.width_at_run_time = True
-        # dynamo counts what all decoders compile of this code; none compiles twice what it has
-        limit = torch._dynamo.config.accumulated_recompile_limit
         try:
-            with attending(self.model.config), torch._dynamo.config.patch(recompile_limit=limit):
+            with attending(self.model.config), _any_number_compiles() if self._compiles else nullcontext():
                 self._token.copy_(self._compute(self._token))
         finally:  # what others compile or export of the model is not changed
             for layer in self._open:
@@ -184,6 +184,12 @@ class Decoder:
         arrived = torch.cuda.Event()
         arrived.record(torch.cuda.current_stream(self._token.device))
         return token, arrived
+
+
+def _any_number_compiles() -> AbstractContextManager[None]:
+    """Dynamo counts what all decoders compile of one code together; none compiles again what it has."""
+    config = torch._dynamo.config
+    return config.patch(recompile_limit=config.accumulated_recompile_limit)  # type: ignore[no-any-return]
 
 
 def _largest(logits: Tensor) -> Tensor:

@@ -67,9 +67,10 @@ def test_ratios_are_to_the_same_point(gpu_check, monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(gpu_check, "measure", measure)
     assert run(gpu_check, monkeypatch, "--only", "ratios", "--results", tmp_path) == 0
+    shown = capsys.readouterr().out
+    assert "bfloat16, to 16 tokens, 1.00 (worst 1.00); bfloat16, more, 1.00 (worst 1.00); resident, to" in shown
     assert (
-        "more, 1.00 (worst 1.00); resident, to 16 tokens, 1.50 (worst 1.50); resident, more, 1.50"
-        in capsys.readouterr().out
+        "to 16 tokens, 1.50 (worst 1.50); resident, more, 1.50 (worst 1.50); groups of 64, to 16 tokens, 1.00" in shown
     )
 
 

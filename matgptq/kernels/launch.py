@@ -3,6 +3,7 @@
 import ctypes
 import struct
 import threading
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -30,6 +31,13 @@ def make_launcher(problem: Problem, config: AnyConfig, device: int, programmatic
     if isinstance(config, HopperConfig):
         return HopperLauncher(problem, config, device, programmatic)
     return Launcher(problem, config, device, programmatic)
+
+
+def compile_tiles(tiles: Iterable[tuple[Problem, AnyConfig]]) -> int:
+    """Compiles in parallel what kernels of ``tiles`` the cache does not hold yet; returns how many kernels they are."""
+    variants = {(tuple(defines(p, c).items()), architecture(p, c)) for p, c in tiles}
+    nvrtc.load_cubins((dict(macros), arch) for macros, arch in sorted(variants))
+    return len(variants)
 
 
 class Launcher:

@@ -6,11 +6,10 @@ from functools import cache
 
 import torch
 
-from . import nvrtc
-from .launch import Launcher, make_launcher
+from .launch import Launcher, compile_tiles, make_launcher
 from .packing import TILE
 from .problem import Problem, can_implement
-from .tiles import architecture, choose, defines
+from .tiles import choose
 
 _MANY_TOKENS = 8192  # from here on the tile does not depend on M
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -138,8 +137,7 @@ def warmup(problems: Iterable[Problem], device: torch.device | str | int = "cuda
     device = torch.device(device)
     index = torch.cuda.current_device() if device.index is None else device.index
     problems = [replace(p, M=bucket(max(p.M, 1))) for p in problems]
-    variants = {(tuple(defines(p, c).items()), architecture(p, c)) for p, c in ((p, choose(p)) for p in problems)}
-    nvrtc.load_cubins((dict(macros), arch) for macros, arch in sorted(variants))
+    compile_tiles((p, choose(p)) for p in problems)
     names = {name: dtype for dtype, name in _DTYPES.items()}
     for p in problems:
         call = bind(p.bits, p.group_size, p.K, p.N, p.rule, p.resident)
