@@ -208,6 +208,13 @@ def product_cases(quick: bool) -> Iterator[tuple[dict[str, Any], int]]:
         ):
             options = {"bits": bits, "dtype": dtype, "zeros": zeros, "resident": resident, "rule": rule}
             yield {"N": N, "K": K, "group_size": 64 if M == 24 else 128, **options}, M
+    # Stream-K: blocks that share tiles, from several blocks a tile to several tiles a block, not all of them shared.
+    shapes = [(5120, 8192), (10300, 4096), (34000, 2048)]
+    ways = itertools.cycle(itertools.product((4, 7, 2), DTYPES, (False, True), holds))
+    for (N, K), M in itertools.product(shapes, (12, 20, 32, 48, 64, 96, 128, 192, 256, 320, 640, 1000)):
+        for bits, dtype, zeros, (resident, rule) in itertools.islice(ways, 5):
+            options = {"bits": bits, "dtype": dtype, "zeros": zeros, "resident": resident, "rule": rule}
+            yield {"N": N, "K": K, "group_size": 64 if M == 20 else 128, **options}, M
     shapes = [(4096, 8192), (6144, 1024), (6144, 8192), (12288, 1024), (16384, 1024), (16384, 8192)]
     for (N, K), bits, M in itertools.product(shapes, range(2, 9), (1, 2, 3, 6, 12, 160)):
         yield {"N": N, "K": K, "bits": bits, "dtype": ("float16", "bfloat16")[M % 2]}, M
@@ -271,7 +278,8 @@ def check_older_gpus(checks: Checks) -> None:
 
 def check_determinism(checks: Checks) -> None:
     """The same bits again, and a row's whatever the other rows hold."""
-    for bits, M, (N, K) in itertools.product((2, 4, 8), (1, 2, 5, 16, 40, 100, 600), ((512, 4096), (4096, 4096))):
+    shapes = ((512, 4096), (4096, 4096), (5120, 8192))
+    for bits, M, (N, K) in itertools.product((2, 4, 8), (1, 2, 5, 16, 40, 100, 600), shapes):
         layer, x = Layer(N, K, bits), tokens(M, K, "float16")
         first = layer(x)
         checks.expect(all(torch.equal(layer(x), first) for _ in range(5)), f"same bits again {bits=} {M=} {N}x{K}")
@@ -283,13 +291,15 @@ def check_determinism(checks: Checks) -> None:
 def check_graph(checks: Checks) -> None:
     """Chained layers in a CUDA graph, with programmatic launches between ours and torch's kernels between."""
     for M in (1, 4, 12, 40, 100, 300):
-        check_graph_of(checks, M)
+        check_graph_of(checks, M, 1024)
+    for M in (16, 60, 200):  # stream-K
+        check_graph_of(checks, M, 5120)
 
 
-def check_graph_of(checks: Checks, M: int) -> None:
-    """`check_graph` for a number of tokens."""
-    layers = [Layer(1024, 1024, bits, seed=bits) for bits in (2, 3, 4, 8)]
-    x = tokens(M, 1024, "float16")
+def check_graph_of(checks: Checks, M: int, size: int) -> None:
+    """`check_graph` for a number of tokens and layers of one size."""
+    layers = [Layer(size, size, bits, seed=bits) for bits in (2, 3, 4, 8)]
+    x = tokens(M, size, "float16")
 
     def chain(v: Tensor) -> Tensor:
         for layer in layers:
@@ -304,10 +314,12 @@ def check_graph_of(checks: Checks, M: int) -> None:
     for _ in range(20):
         out.fill_(float("nan"))
         graph.replay()
-        checks.expect(torch.equal(out, want), f"graph replay {M=}")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        side = chain(x)
-    stream.synchronize()
-    checks.expect(torch.equal(side, want), f"another stream {M=}")
+        checks.expect(torch.equal(out, want), f"graph replay {M=} {size=}")
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    sides = []
+    for stream in streams:  # at once
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            sides.append([chain(x) for _ in range(5)])
+    torch.cuda.synchronize()
+    checks.expect(all(torch.equal(y, want) for side in sides for y in side), f"other streams {M=} {size=}")

@@ -8,9 +8,13 @@ Exits with 1 if a result is wrong, and with 2 if there is no CUDA GPU.
 from __future__ import annotations
 
 import sys
+from unittest import mock
 
 import torch
 from kernel_checks import Checks, Layer, tokens
+
+from matgptq.kernels import launch, matmul
+from matgptq.kernels.hopper import HopperConfig
 
 CASES = [  # bits, M, N, K, group_size, zeros, resident
     (2, 1, 4096, 1024, 128, False, False),
@@ -31,7 +35,7 @@ CASES = [  # bits, M, N, K, group_size, zeros, resident
     (8, 8, 300, 2048, 128, False, False),
     (4, 128, 2200, 8192, 128, False, False),
     (3, 60, 4200, 512, 64, False, True),
-    # 192 tokens, several tiles a block and k split; two blocks that share x, an odd number of them along rows
+    # 192 tokens, several tiles a block and k split; 96 and 128
     (4, 150, 17000, 256, 128, False, False),
     (8, 150, 8000, 512, 128, False, False),
     (4, 1030, 6200, 256, 64, False, False),
@@ -46,15 +50,47 @@ CASES = [  # bits, M, N, K, group_size, zeros, resident
 ]
 
 
+SHARE_K, PAIR = {"stream_k": True}, {"pair": True}
+TILES = [  # which `choose` takes for larger problems
+    # stream-K: whole tiles and pieces of two; many blocks a tile
+    ((4, 150, 34000, 256, 64, False, False), HopperConfig(2, 1, 192, 1, 1, 1, **SHARE_K)),
+    ((6, 60, 34000, 512, 128, False, True), HopperConfig(4, 2, 64, 1, 1, 1, **SHARE_K)),
+    ((4, 250, 17000, 512, 128, False, False), HopperConfig(2, 1, 256, 1, 1, 1, **SHARE_K)),
+    ((8, 20, 34000, 272, 16, True, False), HopperConfig(2, 1, 24, 1, 1, 1, **SHARE_K)),
+    ((5, 120, 33000, 256, 128, False, False), HopperConfig(4, 2, 128, 1, 1, 1, **SHARE_K)),
+    ((3, 20, 1100, 2048, 128, False, False), HopperConfig(2, 1, 24, 1, 2, 1, **SHARE_K)),
+    ((2, 90, 600, 4096, 128, False, True), HopperConfig(2, 1, 96, 1, 1, 1, **SHARE_K)),
+    # two blocks that share x, an odd number of them along rows
+    ((4, 1030, 6200, 256, 64, False, False), HopperConfig(2, 1, 256, 1, 1, 1, **PAIR)),
+    ((2, 1030, 6200, 256, 128, False, True), HopperConfig(4, 2, 128, 1, 1, 1, **PAIR)),
+]
+
+
+def room(size: int, device: int) -> torch.Tensor:
+    """`launch._room` for initcheck: tickets are read before they are written, as any other first value will do."""
+    memory = torch.empty(size, dtype=torch.uint8, device=device)
+    memory[-4096:] = 0
+    return memory
+
+
+def check(checks: Checks, bits: int, M: int, N: int, K: int, group_size: int, zeros: bool, resident: bool) -> None:
+    """Compare a product with float64."""
+    layer = Layer(N, K, bits, "float16", group_size, "round", resident, zeros, bias=True)
+    checks.close(layer, tokens(M, K, "float16"), f"{bits=} {M=} {N}x{K}")
+
+
 def main() -> None:
     """Run the cases and compare them with float64."""
     if not torch.cuda.is_available():
         print("sanitize.py needs a CUDA GPU, and torch finds none", file=sys.stderr)
         sys.exit(2)
+    launch._room = room
     checks = Checks()
-    for bits, M, N, K, group_size, zeros, resident in CASES:
-        layer = Layer(N, K, bits, "float16", group_size, "round", resident, zeros, bias=True)
-        checks.close(layer, tokens(M, K, "float16"), f"{bits=} {M=} {N}x{K}")
+    for case in CASES:
+        check(checks, *case)
+    for case, tile in TILES:
+        with mock.patch.object(matmul, "choose", lambda problem, tile=tile: tile):
+            check(checks, *case)
     checks.close(Layer(256, 1024, 5, "bfloat16"), tokens(9, 1024, "bfloat16"), "bfloat16")
     torch.cuda.synchronize()
     print(f"{checks.run} checks, {len(checks.failures)} failures")

@@ -39,7 +39,7 @@ def every_tile(problem: Problem) -> Iterator[AnyConfig]:
     others: list[AnyConfig] = [*linear_tiles(problem), *hopper_tiles(problem)]
     for config in dict.fromkeys(others):
         blocks = -(-problem.N // config.rows) * -(-problem.M // config.tokens) * config.cluster
-        if config != chosen and blocks >= 44:
+        if config != chosen and (blocks >= 44 or getattr(config, "stream_k", False)):
             yield config
 
 
@@ -63,12 +63,12 @@ def linear_tiles(problem: Problem) -> Iterator[Config]:
 
 def hopper_tiles(problem: Problem) -> Iterator[hopper.HopperConfig]:
     """Tiles of hopper.cu."""
-    for row_tiles, words, t, k_groups, blocks, splits, pair in itertools.product(
-        (1, 2, 4), (1, 2), hopper.TOKENS, (1, 2, 4), (1, 2), range(1, 7), (False, True)
+    for row_tiles, words, t, k_groups, blocks, splits, (pair, stream_k) in itertools.product(
+        (1, 2, 4), (1, 2), hopper.TOKENS, (1, 2, 4), (1, 2), range(1, 7), ((False, False), (True, False), (False, True))
     ):
         if t < min(problem.M, 48) or t >= 2 * max(problem.M, 8):
             continue
-        config = hopper.HopperConfig(row_tiles, words, t, k_groups, blocks, splits, pair)
+        config = hopper.HopperConfig(row_tiles, words, t, k_groups, blocks, splits, pair, stream_k)
         if hopper.supports(config, problem):
             yield config
 

@@ -95,6 +95,23 @@ def test_hopper_variants_compile_without_spills(compilers):
     check_logs(variants, compilers)
 
 
+def test_stream_k_variants_compile_without_spills(compilers):
+    variants = {}
+    for bits, M, (N, K), dtype, kind in itertools.product(
+        (2, 4, 7, 8),
+        (12, 24, 32, 48, 64, 96, 128, 192, 256, 640),
+        ((5120, 8192), (34816, 5120)),
+        ("float16", "bfloat16"),
+        (KINDS[0], KINDS[3], KINDS[4]),
+    ):
+        problem = Problem(M, N, K, bits, dtype, **kind)
+        config = choose(problem)
+        if isinstance(config, HopperConfig) and config.stream_k:
+            variants.setdefault((tuple(defines(problem, config).items()), architecture(problem, config)), problem)
+    assert len(variants) > 100
+    check_logs(variants, compilers)
+
+
 def check_logs(variants, compilers):
     """No spills, and no wgmma that the compiler waits for before the next (its C75.. warnings)."""
     logs = compilers.imap(compiler_log, variants, chunksize=4)

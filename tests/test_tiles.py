@@ -81,12 +81,12 @@ def test_hopper_covers_every_problem_of_many_tokens():
             assert defines(problem, config)["KERNEL"] == "hopper"
 
 
-def test_pairs_share_x_beyond_a_thousand_tokens():
-    alone, pair = (choose(Problem(M, 8192, 8192, 4)) for M in (512, 2048))
+def test_pairs_share_x_from_4096_tokens_on():
+    alone, pair = (choose(Problem(M, 8192, 8192, 4)) for M in (512, 4096))
     assert alone == replace(pair, pair=False)
     assert (alone.cluster, alone.box_tokens) == (1, 256)
     assert (pair.cluster, pair.box_tokens) == (2, 128)
-    problem = Problem(2048, 8192, 8192, 4)
+    problem = Problem(4096, 8192, 8192, 4)
     of_a_stage = (hopper.shared_bytes(problem, pair) - hopper.shared_bytes(problem, alone)) // 8 + 1
     assert of_a_stage == hopper.stages(problem, pair)  # a barrier each, where a block alone has one
     for other in (
@@ -95,6 +95,36 @@ def test_pairs_share_x_beyond_a_thousand_tokens():
         replace(pair, tokens=48),
     ):
         assert not supports(other, problem)
+
+
+def test_blocks_share_tiles_where_many_would_wait():
+    # 544 row tiles: 272 blocks of two for 264 places, 136 of four for 132
+    for M, rows in ((16, 2), (64, 4), (128, 4), (256, 2)):
+        config = choose(Problem(M, 34816, 5120, 4))
+        assert (config.stream_k, config.row_tiles) == (True, rows)
+        assert not choose(Problem(M, 8192, 8192, 4)).stream_k
+    problem = Problem(64, 34816, 5120, 4)
+    config = choose(problem)
+    for other in (replace(config, splits=2), replace(config, pair=True), replace(config, words=1, k_groups=2)):
+        assert not supports(other, problem)
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 128, 256])
+def test_shares_are_even_and_whole(tokens):
+    config = HopperConfig(2, 1, tokens, 1, 1, 1, stream_k=True)
+    for K, tiles, blocks in itertools.product((64, 192, 4096), (1, 40, 131, 132, 133, 448, 1000), (7, 132, 264)):
+        problem = Problem(tokens, 128 * tiles, K, 4)
+        turns = config.split_turns(problem)
+        assert turns % config.turns_at_once == 0
+        blocks = min(blocks, tiles * turns // config.turns_at_once)
+        shares = hopper.Shares.of(problem, config, tiles, blocks)
+        shared = shares.share * blocks + shares.one_more
+        assert shared * config.turns_at_once == shares.shared_tiles * turns
+        assert shares.share >= 1
+        assert 0 <= shares.one_more < blocks
+        assert shares.shared_tiles + shares.waves * blocks == tiles
+        assert shares.shared_tiles < 2 * blocks or shares.waves == 0
+        assert shares.left_bytes == blocks * (128 * tokens * 4 + 8)
 
 
 def test_tokens_choose_the_kernel():

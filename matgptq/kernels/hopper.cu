@@ -16,6 +16,10 @@
 // stored, from 64 tokens on by whole rows of y, which pass through shared memory. From 1024 tokens on two such blocks are a
 // cluster and share x: each asks for half of it, for both.
 //
+// Where tiles do not fill whole waves of blocks, blocks share the turns of some tiles evenly (stream-K, arXiv 2301.03598): each
+// takes a run of them, in the order of tiles. Where it ends within a tile, it leaves the sums in global memory; where it begins
+// within one, it adds what blocks before it left, in one fixed order. It does so last, when that has long been there.
+//
 // Measured on an H200 (2026-11-23): to 128 tokens decoding bounds it, with the registers that wgmma takes from its instructions,
 // and what a call costs whatever its size; from 256 on the tensor cores, and from 2048 on power, to which the clock falls.
 // docs/kernels.md has the figures.
@@ -30,6 +34,7 @@
 //   BLOCKS     blocks an SM, 1 or 2
 //   SPLIT      1: clusters split k
 //   PAIR       1: clusters of two blocks, neighbours along rows, share x
+//   STREAM_K   1: blocks share the turns of `shared_tiles` tiles
 #include "decode.cuh"
 
 using uint64_t = unsigned long long;
@@ -46,7 +51,8 @@ constexpr int kConsumerRegisters = kConsumers == 512 ? 112 : BLOCKS == 2 ? 104 :
 constexpr int kProducerRegisters = kConsumers * BLOCKS == 512 ? 32 : 40;
 constexpr int kTurnTiles = TOKENS > 128 ? 1 : K_GROUPS > WORDS ? 2 * K_GROUPS / WORDS : 2, kTurn = 64 * kTurnTiles;
 static_assert(TOKENS <= 128 || K_GROUPS == 1);
-static_assert(!PAIR || (!SPLIT && K_GROUPS == 1));
+static_assert(PAIR + STREAM_K + SPLIT <= 1);
+static_assert(!(PAIR || STREAM_K) || K_GROUPS == 1);
 __device__ constexpr int largest_part() {
   for (int k = kTurn; k > 16; k /= 2)
     if (GROUP_SIZE % k == 0) return k;
@@ -66,6 +72,10 @@ constexpr bool kExchange = K_GROUPS > 1 || SPLIT;  // sums pass through shared m
 constexpr bool kByRows = !kExchange && TOKENS >= 64;
 constexpr int kPass = TOKENS % 64 == 0 ? 64 / WORDS : 32;
 constexpr int kPassAt = STAGES * kStageBytes, kPassBytes = kPass * WORDS * 128;
+constexpr int kGroupTiles = kTurnTiles / K_GROUPS;      // k tiles of a group of warps and turn
+constexpr int kPieces = kGroupTiles * WORDS;            // of a warp and turn
+static_assert(kPieces > 1 || kTurnTiles == 1);          // then turns come in pairs
+constexpr int kTurnsAtOnce = kPieces == 1 ? 2 : 1;      // two sets of operands take turns
 constexpr int kColumns = TOKENS / 8, kUnits = WORDS * kColumns;  // a unit: a thread's sums of a word and eight tokens
 constexpr float kUnit = BITS < 5 ? float(1 << (8 - BITS)) : 1.0f;  // a unit of the decoded integers, in levels
 constexpr int kBand = 16 / kSharers;  // clusters along rows that are computed at a time, to share x in the L2
@@ -82,6 +92,12 @@ struct alignas(64) Params {
   int split_turns;         // turns of one of them, an even number where a turn is one k tile
   int barriers;            // where in shared memory they are: beyond the ring, or the sums that take its place
   float shift;
+  // STREAM_K:
+  int shared_tiles;        // the first tiles, whose turns the blocks share
+  float4* left;            // for each block room for the sums of a tile, then for each a ticket
+  uint64_t ticket;         // what is written there when the sums are; by chance it is there once in 2^64 times
+  int share, one_more;     // turns of a block (pairs of them where they are multiplied so), and how many blocks have one more
+  int waves;               // tiles that a block computes whole before
 };
 
 // One wgmma: the registers of the sums, then of A, then the descriptor of B.
@@ -263,6 +279,7 @@ __device__ __forceinline__ int rows_of_clusters(const Params& p) {
   return (p.row_tiles + ROW_TILES * kSharers - 1) / (ROW_TILES * kSharers);
 }
 __device__ __forceinline__ int token_blocks(const Params& p) { return (p.M + TOKENS - 1) / TOKENS; }
+__device__ __forceinline__ int tiles_of(const Params& p) { return rows_of_clusters(p) * token_blocks(p); }
 
 // A block's part of its cluster's tile.
 struct Tile {
@@ -271,6 +288,48 @@ struct Tile {
     const int columns = token_blocks(p), band = index / (kBand * columns), rows = min(kBand, rows_of_clusters(p) - band * kBand);
     index -= band * kBand * columns;
     row_block = (band * kBand + index % rows) * kSharers + blockIdx.x % kSharers, token_block = index / rows;
+  }
+};
+
+// STREAM_K: the first of the shared turns that a block computes.
+__device__ __forceinline__ int first_shared_turn(const Params& p, int block) {
+  return (block * p.share + min(block, p.one_more)) * kTurnsAtOnce;
+}
+
+// What a block computes, one piece after the other: turns of its cluster's tile.
+struct Work {
+  int place, tile, first_turn, turns;
+
+  // A place in the block's order counts tiles; with STREAM_K turns: of whole tiles, of the tile that the block ends within, of the one
+  // that it begins within.
+  __device__ __forceinline__ Work(const Params& p, int place) : place(place) {
+    if constexpr (STREAM_K) {
+      int block = blockIdx.x;
+      asm volatile("" : "+r"(block));  // what follows from it is not to be kept in registers from piece to piece
+      const int all = p.split_turns, begin = first_shared_turn(p, block), end = first_shared_turn(p, block + 1);
+      const int first_whole = unsigned(begin + all - 1) / all, last = unsigned(end) / all;  // shared tiles; it ends within the last
+      const int wholes = p.waves + max(last - first_whole, 0), i = unsigned(place) / all;
+      tile = i < p.waves ? p.shared_tiles + i * int(gridDim.x) + block : first_whole + i - p.waves;
+      first_turn = 0, turns = all;
+      if (i < wholes) return;
+      place -= wholes * all;
+      tile = last, first_turn = max(begin - last * all, 0), turns = end - last * all - first_turn;
+      if (place < turns) return;
+      place -= turns;
+      tile = first_whole - 1, first_turn = begin - tile * all, turns = all - first_turn;
+      if (first_whole > last || place > 0 || turns == 0) tile = tiles_of(p);  // that was all
+    } else {
+      const int all = kTurnTiles == 1 ? (p.k_tiles + 1) / 2 * 2 : (p.k_tiles + kTurnTiles - 1) / kTurnTiles;
+      tile = place;
+      first_turn = SPLIT ? blockIdx.x % p.splits * p.split_turns : 0;
+      turns = min(p.split_turns, all - first_turn);
+    }
+  }
+  __device__ __forceinline__ explicit Work(const Params& p)
+      : Work(p, STREAM_K ? 0 : SPLIT ? blockIdx.x / p.splits : blockIdx.x / kSharers) {}
+  __device__ __forceinline__ bool there(const Params& p) const { return tile < tiles_of(p); }
+  __device__ __forceinline__ Work next(const Params& p) const {  // a cluster that splits k has one tile
+    return Work(p, STREAM_K ? place + turns : SPLIT ? tiles_of(p) : place + gridDim.x / kSharers);
   }
 };
 
@@ -362,21 +421,64 @@ __device__ __forceinline__ void apply_scale(uint32_t (&a)[4], int step, const Sc
   }
 }
 
+// STREAM_K: a consumer's sums go to global memory, and from there to the sums of the same thread of another block. A warp of its
+// own, the clerk, says when they are there, so that consumers do not wait for memory.
+using Sums = float[WORDS][TOKENS / 2];
+constexpr int kWithClerk = kConsumers + 32;
+__device__ __forceinline__ float4* room_of(const Params& p, int block) {
+  return p.left + size_t(block) * (kUnits * kConsumers) + threadIdx.x;
+}
+__device__ __forceinline__ void leave(const Params& p, const Sums& acc) {
+  float4* const to = room_of(p, blockIdx.x);
+#pragma unroll
+  for (int unit = 0; unit < kUnits; ++unit) {
+    const float* const v = acc[unit / kColumns] + unit % kColumns * 4;
+    to[unit * kConsumers] = make_float4(v[0], v[1], v[2], v[3]);
+  }
+  asm volatile("bar.arrive 6, %0;" ::"n"(kWithClerk) : "memory");
+}
+// Adds what other blocks left of a tile that begins with turn `begin`.
+__device__ __forceinline__ void collect(const Params& p, int begin, Sums& acc) {
+  asm volatile("bar.sync 7, %0;" ::"n"(kWithClerk) : "memory");
+  for (int block = blockIdx.x; first_shared_turn(p, block) > begin; --block) {
+    const float4* const from = room_of(p, block - 1);
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit) {
+      const float4 v = __ldcg(from + unit * kConsumers);
+      float* const sum = acc[unit / kColumns] + unit % kColumns * 4;
+      sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+    }
+  }
+}
+__device__ __forceinline__ void keep_books(const Params& p) {
+  const int all = p.split_turns, begin = first_shared_turn(p, blockIdx.x), end = first_shared_turn(p, blockIdx.x + 1);
+  const int begun = unsigned(begin) / all * all;  // the first turn of the tile that the block begins within
+  uint64_t* const tickets = reinterpret_cast<uint64_t*>(p.left + size_t(gridDim.x) * (kUnits * kConsumers));
+  const bool one = elect();
+  asm volatile("griddepcontrol.wait;" ::: "memory");  // the kernel before may use the same memory
+  if (unsigned(end) % all > 0) {
+    asm volatile("bar.sync 6, %0;" ::"n"(kWithClerk) : "memory");
+    if (one) asm volatile("st.release.gpu.b64 [%0], %1;" ::"l"(tickets + blockIdx.x), "l"(p.ticket) : "memory");
+  }
+  if (begun == begin || end < begun + all) return;
+  for (int block = blockIdx.x; one && first_shared_turn(p, block) > begun; --block) {
+    uint64_t ticket;
+    do asm volatile("ld.acquire.gpu.b64 %0, [%1];" : "=l"(ticket) : "l"(tickets + block - 1) : "memory");
+    while (ticket != p.ticket);
+    tickets[block - 1] = 0;  // a graph's next launch finds the same memory
+  }
+  __syncwarp();
+  asm volatile("bar.arrive 7, %0;" ::"n"(kWithClerk) : "memory");
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t ring = uint32_t(__cvta_generic_to_shared(shared));
   // The compiler does not see that a warp's index is the same in all lanes; descriptors are to be in uniform registers.
   const int lane = threadIdx.x % 32, warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
   const int split = SPLIT ? blockIdx.x % p.splits : 0;
-  const int tiles = rows_of_clusters(p) * token_blocks(p);
-  const int first_tile = SPLIT ? blockIdx.x / p.splits : blockIdx.x / kSharers;
-  const int tile_step = SPLIT ? tiles : gridDim.x / kSharers;  // a cluster that splits k computes one tile
-  const int all_turns = kTurnTiles == 1 ? (p.k_tiles + 1) / 2 * 2 : (p.k_tiles + kTurnTiles - 1) / kTurnTiles;
-  const int first_turn = split * p.split_turns, turns = min(p.split_turns, all_turns - first_turn);
   const uint32_t full = ring + p.barriers, empty = full + 8 * STAGES;
   const uint32_t sent = empty + 8 * STAGES;  // SPLIT: all sums have come. PAIR, of each stage: empty in the other block too
-  // Weights do not depend on the previous kernel: start them first. Only a few, as x queues behind all that is asked for before it.
-  const int ahead = min(turns, BLOCKS);
   if (warp == kConsumers / 32 && elect()) {
 #pragma unroll 1
     for (int i = 0; i < STAGES; ++i) init_barrier(full + 8 * i, 1), init_barrier(empty + 8 * i, kConsumers);
@@ -384,9 +486,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
     for (int i = 0; i < (PAIR ? STAGES : 1); ++i) init_barrier(sent + 8 * i, 1);
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     if (SPLIT) expect(sent, (kUnits - split + p.splits - 1) / p.splits * p.splits * 32 * kRowWarps * 16);
-    const Source source(p, Tile(p, first_tile), first_turn);
+    // Weights do not depend on the previous kernel: start them first. Only a few, as x queues behind all that is asked for before it.
+    const Work work(p);
+    const Source source(p, Tile(p, work.tile), work.first_turn);
 #pragma unroll 1
-    for (int turn = 0; turn < ahead; ++turn) source.fetch_weights(p, turn, ring + turn * kStageBytes, full + 8 * turn);
+    for (int turn = 0; turn < min(work.turns, BLOCKS); ++turn) source.fetch_weights(p, turn, ring + turn * kStageBytes, full + 8 * turn);
   }
   if (PAIR) arrive_at_cluster(), wait_for_cluster();
   else __syncthreads();
@@ -396,15 +500,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
     if (warp == kConsumers / 32 && elect()) {
       int stage = 0;
       uint32_t phase = 1;  // of the release that is waited for: at first, of none
-      Source source(p, Tile(p, first_tile), first_turn);
       asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+      int asked = BLOCKS;  // turns of the first piece of work whose weights are on their way
 #pragma unroll 1
-      for (int index = first_tile; index < tiles; index += tile_step) {
-        if (index != first_tile) source = Source(p, Tile(p, index), first_turn);
+      for (Work work(p); work.there(p); work = work.next(p)) {
+        const Source source(p, Tile(p, work.tile), work.first_turn);
 #pragma unroll 1
-        for (int turn = 0; turn < turns; ++turn) {
+        for (int turn = 0; turn < work.turns; ++turn) {
           const uint32_t to = ring + stage * kStageBytes, barrier = full + 8 * stage;
-          const bool later = index != first_tile || turn >= ahead;
+          const bool later = turn >= asked;
           if (later) wait(empty + 8 * stage, phase);
           if (PAIR) arrive_at_block(blockIdx.x % 2 ^ 1, sent + 8 * stage);
           if (later) source.fetch_weights(p, turn, to, barrier);
@@ -412,8 +516,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
           source.fetch_x(p, turn, to, barrier);
           if (++stage == STAGES) stage = 0, phase ^= 1;
         }
+        asked = 0;
       }
     }
+    if (STREAM_K && warp == kConsumers / 32 + 1) keep_books(p);
     __syncwarp();
     if (SPLIT || PAIR) arrive_at_cluster(), wait_for_cluster();
     return;
@@ -429,10 +535,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
   const int first_word = kExchange ? (row_warp + lane / 8) % kTileWarps * WORDS : own_word;
   const int home_warp = tile_of_warp * kTileWarps + (row_warp + kTileWarps - lane / 8 % kTileWarps) % kTileWarps;
   const int home = kExchange ? home_warp * 32 + lane : thread;
-  constexpr int kGroupTiles = kTurnTiles / K_GROUPS;      // k tiles of a group of warps and turn
-  constexpr int kPieces = kGroupTiles * WORDS;            // of a warp and turn
-  static_assert(kPieces > 1 || kTurnTiles == 1);          // then turns come in pairs
-  constexpr int kTurnsAtOnce = kPieces == 1 ? 2 : 1;      // two sets of operands take turns
   constexpr int kSumTiles = kPart >= 128 ? kGroupTiles : 1;  // of a group, that share a scale
   constexpr int kLag = kPieces == 1 ? 2 : 1;              // turns that may still be multiplied when one is decoded
   int stage = 0;
@@ -442,8 +544,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
     arrive_if(there, empty + 8 * (of_stage < 0 ? of_stage + STAGES : of_stage));
   };
 #pragma unroll 1
-  for (int index = first_tile; index < tiles; index += tile_step) {
-    const Tile tile(p, index);
+  for (Work work(p); work.there(p); work = work.next(p)) {
+    const int turns = work.turns;
     float acc[WORDS][TOKENS / 2] = {};
     uint32_t operand[2][4][4], words[kPlanes][WORDS];
     // kScaleSums: sums of a part, and the scales of its two rows.
@@ -533,6 +635,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
 #pragma unroll
     for (int i = kLag; i > 0; --i) release(i, turns >= i);
     if (SPLIT) arrive_at_cluster();  // done with the ring
+    if (STREAM_K) work = Work(p, work.place);  // not kept in registers through the loop above
+    const Tile tile(p, work.tile);
+    if constexpr (STREAM_K) {
+      if (work.first_turn + work.turns < p.split_turns) {
+        leave(p, acc);
+        continue;
+      }
+      if (work.first_turn > 0) collect(p, work.tile * p.split_turns, acc);
+    }
 
     const int first_row = tile.row_block * 64 * ROW_TILES + tile_of_warp * 64 + own_word * 16;
     float bias[WORDS][2] = {};

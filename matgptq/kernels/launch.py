@@ -1,6 +1,7 @@
-"""Loaded kernels and their launch: the current stream, no synchronisation, no allocation."""
+"""Loaded kernels and their launch: the current stream, no synchronisation; stream-K allocates room for its sums."""
 
 import ctypes
+import os
 import struct
 import threading
 from collections.abc import Iterable
@@ -16,8 +17,10 @@ from .tiles import AnyConfig, Config, architecture, defines, grid, inbox_offset,
 
 _KERNEL = b"matgptq_linear"
 _PARAMS = struct.Struct("6Q10if4x")  # linear.cu, Params
-_HOPPER = struct.Struct("128s5Q10if44x")  # hopper.cu, Params
+_HOPPER = struct.Struct("128s5Q10ifi2Q3i12x")  # hopper.cu, Params
 _MANY_MAPS = 1024  # tensor maps that a launcher keeps
+_TICKET = int.from_bytes(os.urandom(8), "little") | 1  # hopper.cu, Params: a number that memory does not hold by chance
+_ALONE = (0, 0, 0, 0, 0, 0)  # hopper.cu, Params, of tiles that blocks do not share
 _lock = threading.Lock()
 _thread = threading.local()  # a launch writes its parameters into memory of its thread: the driver copies them
 
@@ -76,15 +79,17 @@ class Launcher:
         self._configurations: list[Any] = []
         self._launch = _launch_function()
 
-    def __call__(self, stream: int, M: int, x: Any, planes: int, scales: int, zeros: int, bias: int, y: int) -> None:
-        """Launches on ``stream``; the rest are device addresses, 0 for none."""
+    def __call__(
+        self, stream: int, M: int, x: Any, planes: int, scales: int, zeros: int, bias: int, y: int, *rest: int
+    ) -> None:
+        """Launches on ``stream``; from x to y they are device addresses, 0 for none; ``rest`` is a subclass's own."""
         token_blocks = -(-M // self._tokens)
         launch = self._launches.get((stream, token_blocks)) or self._configure(stream, token_blocks)
         try:
             buffer, address = _thread.params
         except AttributeError:
             buffer, address = _thread.params = _params()
-        self._pack(buffer, 0, x, planes, scales, zeros, bias, y, M, *self._constants)
+        self._pack(buffer, 0, x, planes, scales, zeros, bias, y, M, *self._constants, *rest)
         status = self._launch(launch, self._function, address, None)
         if status:
             _check((_driver().CUresult(status),))
@@ -113,25 +118,45 @@ class HopperLauncher(Launcher):
         self._prepare(problem, config, hopper.shared_bytes(problem, config), device, programmatic)
         splits = (config.splits, config.split_turns(problem), hopper.barriers_offset(problem, config))
         self._constants = (*_sizes(problem), *splits, _shift(problem))
-        self._cluster, self._box_tokens = config.cluster, config.box_tokens
+        self._config, self._device = config, device
         self._clusters = -(-problem.N // (config.rows * (2 if config.pair else 1)))  # along rows
-        resident = torch.cuda.get_device_properties(device).multi_processor_count * config.blocks
-        # blocks, which then compute several tiles
-        self._most = resident // config.cluster * config.cluster if config.persistent else None
+        self._resident = torch.cuda.get_device_properties(device).multi_processor_count * config.blocks
         self._maps: dict[tuple[int, int], bytes] = {}  # (address of x, M) -> tensor map
+        self._shares: dict[int, hopper.Shares] = {}  # by token blocks
 
-    def __call__(self, stream: int, M: int, x: Any, planes: int, scales: int, zeros: int, bias: int, y: int) -> None:
-        """Launches on ``stream``; the rest are device addresses, 0 for none."""
+    def __call__(
+        self, stream: int, M: int, x: Any, planes: int, scales: int, zeros: int, bias: int, y: int, *_: int
+    ) -> None:
+        """Launches on ``stream``, the current one; from x to y they are device addresses, 0 for none."""
         tensor_map = self._maps.get((x, M))
         if tensor_map is None:
             if len(self._maps) >= _MANY_MAPS:
                 self._maps.clear()
-            tensor_map = self._maps[(x, M)] = _tensor_map(x, M, self.problem.K, self._box_tokens)
-        super().__call__(stream, M, tensor_map, planes, scales, zeros, bias, y)
+            tensor_map = self._maps[(x, M)] = _tensor_map(x, M, self.problem.K, self._config.box_tokens)
+        if not self._config.stream_k:
+            super().__call__(stream, M, tensor_map, planes, scales, zeros, bias, y, *_ALONE)
+            return
+        token_blocks = -(-M // self._tokens)
+        shares = self._shares.get(token_blocks)
+        if shares is None:
+            tiles, blocks = self._clusters * token_blocks, self._blocks(token_blocks)[0]
+            shares = self._shares[token_blocks] = hopper.Shares.of(self.problem, self._config, tiles, blocks)
+        left = _room(shares.left_bytes, self._device)
+        rest = (shares.shared_tiles, left.data_ptr(), _TICKET, shares.share, shares.one_more, shares.waves)
+        super().__call__(stream, M, tensor_map, planes, scales, zeros, bias, y, *rest)
 
     def _blocks(self, token_blocks: int) -> tuple[int, int, int]:
-        blocks = self._clusters * token_blocks * self._cluster
-        return blocks if self._most is None else min(blocks, self._most), 1, 1
+        config, clusters = self._config, self._clusters * token_blocks
+        if config.stream_k:
+            clusters *= config.split_turns(self.problem) // config.turns_at_once
+        if config.persistent:  # blocks then compute several tiles
+            clusters = min(clusters, self._resident // config.cluster)
+        return clusters * config.cluster, 1, 1
+
+
+def _room(size: int, device: int) -> torch.Tensor:
+    """Memory that the current stream, or the graph being captured, has alone: its next kernels may have it again."""
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 @cache
