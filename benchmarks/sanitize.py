@@ -52,10 +52,10 @@ CASES = [  # bits, M, N, K, group_size, zeros, resident
 
 SHARE_K, PAIR = {"stream_k": True}, {"pair": True}
 TILES = [  # which `choose` takes for larger problems
-    # stream-K: whole tiles and pieces of two; many blocks a tile
-    ((4, 150, 34000, 256, 64, False, False), HopperConfig(2, 1, 192, 1, 1, 1, **SHARE_K)),
-    ((6, 60, 34000, 512, 128, False, True), HopperConfig(4, 2, 64, 1, 1, 1, **SHARE_K)),
-    ((4, 250, 17000, 512, 128, False, False), HopperConfig(2, 1, 256, 1, 1, 1, **SHARE_K)),
+    # stream-K: whole tiles and pieces; a wave of whole tiles before (20 tokens); many blocks a tile
+    ((4, 150, 17000, 256, 64, False, False), HopperConfig(2, 1, 192, 1, 1, 1, **SHARE_K)),
+    ((6, 60, 34000, 256, 128, False, True), HopperConfig(4, 2, 64, 1, 1, 1, **SHARE_K)),
+    ((4, 250, 17000, 256, 128, False, False), HopperConfig(2, 1, 256, 1, 1, 1, **SHARE_K)),
     ((8, 20, 34000, 272, 16, True, False), HopperConfig(2, 1, 24, 1, 1, 1, **SHARE_K)),
     ((5, 120, 33000, 256, 128, False, False), HopperConfig(4, 2, 128, 1, 1, 1, **SHARE_K)),
     ((3, 20, 1100, 2048, 128, False, False), HopperConfig(2, 1, 24, 1, 2, 1, **SHARE_K)),

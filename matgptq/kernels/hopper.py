@@ -188,8 +188,8 @@ def choose(problem: Problem) -> HopperConfig | None:
         return None
     if p.M >= 4096:  # power bounds the clock: x from the L2 costs some, SMs that wait cost none
         return replace(best, pair=True) if best.persistent and best.row_tiles * best.tokens == 512 else best
-    shared = _stream_k_tile(p)
-    return shared if supports(shared, p) and _microseconds(p, shared) < _microseconds(p, best) else best
+    shared, worth = _stream_k_tile(p), 0.97 if p.M < 1024 else 0.95
+    return shared if supports(shared, p) and _microseconds(p, shared) < worth * _microseconds(p, best) else best
 
 
 def _stream_k_tile(p: Problem) -> HopperConfig:
@@ -209,16 +209,20 @@ def _stream_k_tile(p: Problem) -> HopperConfig:
 def _microseconds(p: Problem, c: HopperConfig) -> float:
     """Estimated time of a tile, to decide between one wave more and stream-K.
 
-    H200, 2026-11-23, 4 bits, 14 shapes of Llama and Qwen3 models, M 16 to 2048 (`hopper_tiles.json`, run 6): 0.6 % from
-    the fastest of both in the mean, where without stream-K it were 7.6 %.
+    H200, 2026-11-23, 4 bits, 14 shapes of Llama and Qwen3 models, M 16 to 2048 (`hopper_tiles.json`, run 6): 0.5 % from
+    the fastest tile of both kinds in the mean; 7.6 % without stream-K.
     """
-    clusters = -(-p.N // (c.rows * (2 if c.pair else 1))) * -(-p.M // c.tokens)
-    waves = clusters / (_CLUSTERS[c.cluster] * c.blocks)
-    cycles = max(145 + c.tokens, 2.26 * c.tokens) + 12 * max(p.planes - 4, 0)  # of an SM, for 64 x 64 weights
+    waves = -(-p.N // c.rows) * -(-p.M // c.tokens) / (_CLUSTERS[c.splits] * c.blocks)
+    cycles = max(145 + c.tokens, 2.26 * c.tokens)  # of an SM, for 64 x 64 weights
+    if p.M > 64:  # to 64 tokens memory bounds many planes, wherever they are multiplied
+        cycles += 12 * max(p.planes - 4, 0)
     if c.row_tiles == 2 and c.tokens <= 128 and p.M > 512:
         cycles *= 1.2  # x comes from the L2 more often
     tile = c.row_tiles * p.k_tiles / c.splits * c.blocks * cycles / 1755
-    return waves * tile + 3.5 + 0.014 * c.row_tiles * c.tokens if c.stream_k else math.ceil(waves) * tile
+    if c.stream_k:
+        return waves * tile + 3.5 + 0.014 * c.row_tiles * c.tokens
+    later = math.ceil(waves) - 1  # waves; those of tiles that are split begin anew
+    return tile + later * (tile + (0 if c.persistent else 8))
 
 
 def _tiles(p: Problem) -> Iterator[HopperConfig]:
