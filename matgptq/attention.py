@@ -7,6 +7,9 @@ that share a key head may as well be the queries of several positions. With ``G`
     y[b, h, i] = softmax_j(scale * q[b, h, i] . k[b, h, j] + mask[b, j]) v[b, h, j],   i = 0 .. G - 1
 
 is attention of ``G`` queries, all under one mask, to the cache as it is.
+
+Under ``torch.compile`` the equation is left to the compiler, as sums of products: for one token a head it makes a few
+kernels that fill the GPU and overlap with ours (`matgptq.overlap`), where the library's kernel has a block a key head.
 """
 
 from __future__ import annotations
@@ -47,10 +50,22 @@ def attend(
     if length != 1 or groups == 1 or attention_mask is None or attention_mask.shape[1] != 1 or not plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     shared = query.reshape(batch, heads // groups, groups, dim)
-    output = torch.nn.functional.scaled_dot_product_attention(
-        shared, key, value, attn_mask=attention_mask, scale=options.get("scaling")
-    )
+    scale = options.get("scaling")
+    if torch.compiler.is_compiling():
+        output = _sums_of_products(shared, key, value, attention_mask, dim**-0.5 if scale is None else scale)
+    else:
+        output = torch.nn.functional.scaled_dot_product_attention(
+            shared, key, value, attn_mask=attention_mask, scale=scale
+        )
     return output.reshape(batch, 1, heads, output.shape[-1]), None
+
+
+def _sums_of_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """The equation above in float32: queries ``(batch, key heads, G, dim)``, the rest as in `attend`."""
+    scores = (query.float().unsqueeze(3) * key.float().unsqueeze(2)).sum(-1) * scale
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1)
+    return (weights.unsqueeze(-1) * value.float().unsqueeze(2)).sum(3).to(value.dtype)
 
 
 AttentionInterface.register(NAME, attend)

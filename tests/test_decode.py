@@ -37,13 +37,19 @@ def test_a_batch_and_a_decoder_used_twice(model):
         assert torch.equal(decoder.generate(prompt, 9), expected(model, prompt, 9))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_queries_that_share_a_key_head_are_attention_of_several(batch):
+def test_queries_that_share_a_key_head_are_attention_of_several(batch, compiled):
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(batch, 6, 1, 16, generator=generator)
     key, value = torch.randn(2, batch, 2, 9, 16, generator=generator)
     mask = (torch.arange(9) < 7).view(1, 1, 1, 9)
-    got, weights = attend(torch.nn.Module(), query, key, value, mask, scaling=0.3, dropout=0.0)
+    if compiled:  # the other way to compute it; a number added where none attends is a mask too
+        call = torch.compile(attend, backend="eager", fullgraph=True)
+        mask = mask if batch == 1 else torch.zeros(1, 1, 1, 9).masked_fill(~mask, -torch.inf)
+    else:
+        call = attend
+    got, weights = call(torch.nn.Module(), query, key, value, mask, scaling=0.3, dropout=0.0)
     repeated = (tensor.repeat_interleave(3, 1)[:, :, :7].double() for tensor in (key, value))
     keys, values = repeated
     want = (query.double() @ keys.mT * 0.3).softmax(-1) @ values
