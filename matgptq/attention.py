@@ -8,8 +8,8 @@ that share a key head may as well be the queries of several positions. With ``G`
 
 is attention of ``G`` queries, all under one mask, to the cache as it is.
 
-Under ``torch.compile`` the equation is left to the compiler, as sums of products: for one token a head it makes a few
-kernels that fill the GPU and overlap with ours (`matgptq.overlap`), where the library's kernel has a block a key head.
+Under ``torch.compile`` and for few key heads the equation is left to the compiler, as sums of products: it makes a few
+kernels that fill the GPU and overlap with ours (`matgptq.overlap`), where the library's has a block a key head.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "matgptq"  # in Transformers' register
+# An 8B model on an H200, 4 bits, 2026-11-23, tokens a second: with 8 key heads 409 to 422, with 128 5019 to 4075.
+_MANY_HEADS = 16
 _OTHERS = ("softcap", "position_bias", "s_aux", "cache")  # options that change the equation, or are refused: not ours
 
 
@@ -51,7 +53,7 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     shared = query.reshape(batch, heads // groups, groups, dim)
     scale = options.get("scaling")
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and batch * key.shape[1] < _MANY_HEADS:
         output = _sums_of_products(shared, key, value, attention_mask, dim**-0.5 if scale is None else scale)
     else:
         output = torch.nn.functional.scaled_dot_product_attention(

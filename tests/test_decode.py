@@ -57,6 +57,19 @@ def test_queries_that_share_a_key_head_are_attention_of_several(batch, compiled)
     torch.testing.assert_close(got.double(), want.transpose(1, 2), rtol=1e-5, atol=1e-6)
 
 
+def test_only_few_key_heads_are_left_to_the_compiler():
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(any("scaled_dot_product" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    for batch in (7, 8):  # sequences of two key heads
+        query, key, mask = torch.randn(batch, 4, 1, 8), torch.randn(batch, 2, 5, 8), torch.ones(1, 1, 1, 5) > 0
+        torch.compile(attend, backend=backend, fullgraph=True, dynamic=False)(torch.nn.Module(), query, key, key, mask)
+    assert calls == [False, True]
+
+
 def test_other_attention_is_left_to_transformers(monkeypatch):
     monkeypatch.setattr("matgptq.attention.sdpa_attention_forward", lambda *arguments, **options: "theirs")
     query, key = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 5, 8)

@@ -188,7 +188,7 @@ def choose(problem: Problem) -> HopperConfig | None:
         return None
     if p.M >= 4096:  # power bounds the clock: x from the L2 costs some, SMs that wait cost none
         return replace(best, pair=True) if best.persistent and best.row_tiles * best.tokens == 512 else best
-    shared, worth = _stream_k_tile(p), 0.97 if p.M < 1024 else 0.95
+    shared, worth = _stream_k_tile(p), 0.98 if p.M < 1024 and p.planes <= 4 else 0.95
     return shared if supports(shared, p) and _microseconds(p, shared) < worth * _microseconds(p, best) else best
 
 
@@ -209,7 +209,7 @@ def _stream_k_tile(p: Problem) -> HopperConfig:
 def _microseconds(p: Problem, c: HopperConfig) -> float:
     """Estimated time of a tile, to decide between one wave more and stream-K.
 
-    H200, 2026-11-23, 4 bits, 14 shapes of Llama and Qwen3 models, M 16 to 2048 (`hopper_tiles.json`, run 6): 0.5 % from
+    H200, 2026-11-23, 4 bits, 14 shapes of Llama and Qwen3 models, M 16 to 2048 (`hopper_tiles.json`, run 6): 0.4 % from
     the fastest tile of both kinds in the mean; 7.6 % without stream-K.
     """
     waves = -(-p.N // c.rows) * -(-p.M // c.tokens) / (_CLUSTERS[c.splits] * c.blocks)
@@ -219,8 +219,8 @@ def _microseconds(p: Problem, c: HopperConfig) -> float:
     if c.row_tiles == 2 and c.tokens <= 128 and p.M > 512:
         cycles *= 1.2  # x comes from the L2 more often
     tile = c.row_tiles * p.k_tiles / c.splits * c.blocks * cycles / 1755
-    if c.stream_k:
-        return waves * tile + 3.5 + 0.014 * c.row_tiles * c.tokens
+    if c.stream_k:  # the sums of a tile's blocks are added one after the other
+        return waves * tile + 2 + 0.012 * c.row_tiles * c.tokens + 0.7 / min(waves, 1)
     later = math.ceil(waves) - 1  # waves; those of tiles that are split begin anew
     return tile + later * (tile + (0 if c.persistent else 8))
 
@@ -243,8 +243,10 @@ def _tiles(p: Problem) -> Iterator[HopperConfig]:
     if 128 < p.M <= 256:
         yield from _tiles_of_all_tokens(p)
     if t <= 32:
-        if rows <= 44 and two:
-            yield from (HopperConfig(1, 1, t, 2, 2, splits) for splits in (6, 3) if rows * splits <= 132)
+        if rows <= 22 and two:
+            yield HopperConfig(1, 1, t, 2, 2, 6)
+        if rows <= 44 and two and not long:
+            yield HopperConfig(1, 1, t, 2, 2, 3)
         if rows <= 66 and p.planes <= (5 if t == 32 else 6):
             if not long and two:
                 yield HopperConfig(1, 1, t, 2, 2, 2)
