@@ -144,6 +144,67 @@ def linear_tables(report: dict[str, Any], peers: Peers, batches: Sequence[int], 
     return "\n".join([*parts, "\n".join(lines) + "\n"])
 
 
+def row_of(name: str, cells: Sequence[object]) -> str:
+    """A line of a table."""
+    return f"| {name} | " + " | ".join(map(str, cells)) + " |"
+
+
+def counts(report: dict[str, Any]) -> str:
+    """How many of the points meet the target, and how many are no slower than cuBLAS, by tokens and by shape."""
+    shapes = dict.fromkeys((r["N"], r["K"]) for r in report["results"])
+    every = [r for shape in shapes for r in of_shape(report, *shape).values()]
+    batches = sorted({r["M"] for r in every})
+    few, many = [m for m in batches if m <= 64], [m for m in batches if m >= 32]
+
+    def number_of(rows: list[dict[str, Any]], m: int) -> int:
+        return sum(r["M"] == m for r in rows)
+
+    met = [r for r in every if r["M"] <= 64 and r["us"] <= target_us(r)]
+    near = [r for r in every if r["M"] <= 64 and r["us"] <= 1.05 * target_us(r)]
+    par = [r for r in every if ratio(r) >= 0.98]
+    slower = [r for r in every if r["M"] >= 32 and r not in par]
+    large = [r for r in every if r["M"] >= 1024]
+    lines = [row_of("points", [f"M = {m}" for m in few]), "| --- |" + " --- |" * len(few)]
+    lines.append(row_of("timed", [number_of(every, m) for m in few]))
+    lines.append(row_of("within the target", [number_of(met, m) for m in few]))
+    lines.append(row_of("within 1.05 times it", [number_of(near, m) for m in few]))
+    lines += ["", row_of("points", [f"M = {m}" for m in many]), "| --- |" + " --- |" * len(many)]
+    lines.append(row_of("timed", [number_of(every, m) for m in many]))
+    lines.append(row_of("no slower than cuBLAS (2 %)", [number_of(par, m) for m in many]))
+    by_shape = sorted(((sum((r["N"], r["K"]) == s for r in slower), s) for s in shapes), reverse=True)
+    where = ", ".join(f"{n} of {N} x {K}" for n, (N, K) in by_shape if n)
+    first = f"\nFrom M = 32 on {len(par) - sum(r['M'] < 32 for r in par)} of {sum(r['M'] >= 32 for r in every)} points"
+    lines.append(f"{first} are no slower than cuBLAS (2 %).")
+    if slower:
+        lines[-1] += f" Slower are {where}; at worst {min(map(ratio, slower)):.2f} times its speed."
+    if large:
+        ahead = sum(ratio(r) >= 1 for r in large)
+        lines.append(
+            f"From M = 1024 on {ahead} of {len(large)} are no slower, {sum(r in par for r in large)} within 2 %."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def models_table(report: dict[str, Any]) -> str:
+    """Microseconds and the speed-up over cuBLAS at 4 bits, by shape and tokens."""
+    batches = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
+    lines = [row_of("4 bits", [f"M = {m}" for m in batches]), "| --- |" + " --- |" * len(batches)]
+    every = []
+    for N, K in dict.fromkeys((r["N"], r["K"]) for r in report["results"]):
+        rows = of_shape(report, N, K)
+        every += rows.values()
+        lines.append(row_of(f"{N} x {K}", [f"{rows[4, m]['us']:.1f} ({ratio(rows[4, m]):.2f})" for m in batches]))
+    found = [[ratio(r) for r in every if r["M"] == m] for m in batches]
+    lines.append(row_of("median", [f"({statistics.median(f):.2f})" for f in found]))
+    return "\n".join(lines) + "\n"
+
+
+def span(values: Sequence[float]) -> str:
+    """The least and the most of them."""
+    least, most = f"{min(values):.0f}", f"{max(values):.0f}"
+    return least if least == most else f"{least} to {most}"
+
+
 def transformers_table(report: dict[str, Any]) -> str:
     """Tokens a second by width and loop; a change of width."""
     loops = list(dict.fromkeys(r["loop"] for r in report["results"]))
@@ -169,8 +230,8 @@ def transformers_table(report: dict[str, Any]) -> str:
     first = [c["seconds"] * 1e3 for c in report["width_changes"][: len(report["width_changes"]) // 2]]
     again = [c["seconds"] * 1e3 for c in report["width_changes"][len(report["width_changes"]) // 2 :]]
     lines.append(
-        f"\nA change to a width takes {min(first):.0f} to {max(first):.0f} ms the first time and {min(again):.0f} to "
-        f"{max(again):.0f} ms later; the tokens of a width are the same when it comes back."
+        f"\nA change to a width takes {span(first)} ms the first time and {span(again)} ms later; the tokens of a width are the "
+        f"same when it comes back."
     )
     return "\n".join(lines) + "\n"
 
@@ -237,6 +298,7 @@ def write_linear(report: dict[str, Any], peers: Peers, root: Path) -> None:
     fill(root / "README.md", "gpu", gpu_table(report))
     page = root / "docs" / "kernels.md"
     fill(page, "linear", linear_tables(report, peers, (1, 2, 4, 8, 16), (2, 3, 4, 6, 8)))
+    fill(page, "counts", counts(report))
     fill(page, "many", linear_tables(report, peers, (24, 32, 64, 128, 256, 512, 1024, 4096, 8192), (2, 4, 8)))
 
 
@@ -246,6 +308,8 @@ def main() -> None:
     names = ("linear_few", "linear", "peers")
     few, many, peers = (json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in names)
     write_linear(joined(few, many), read_peers(peers), ROOT)
+    models = json.loads((results / "linear_models.json").read_text(encoding="utf-8"))
+    fill(ROOT / "docs" / "kernels.md", "models", models_table(models))
     served = results / "vllm.json"
     if served.exists():
         report = json.loads(served.read_text(encoding="utf-8"))
@@ -259,6 +323,8 @@ def main() -> None:
             "transformers",
             transformers_table(json.loads(decoded.read_text("utf-8"))),
         )
+        packed = json.loads((results / "transformers_packed.json").read_text("utf-8"))
+        fill(ROOT / "docs" / "transformers.md", "packed", transformers_table(packed))
     results = ROOT / "benchmarks" / "results" / "cpu"
     quality = json.loads((results / "quality.json").read_text(encoding="utf-8"))
     demo = json.loads((results / "demo.json").read_text(encoding="utf-8"))

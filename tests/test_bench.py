@@ -177,7 +177,7 @@ PAGE = "before\n<!-- {0} -->\nold\n<!-- /{0} -->\nafter\n"
 def test_the_report_fills_the_pages_and_draws_the_plots(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(PAGE.format("headline") + PAGE.format("gpu"))
-    (tmp_path / "docs" / "kernels.md").write_text(PAGE.format("linear") + PAGE.format("many"))
+    (tmp_path / "docs" / "kernels.md").write_text(PAGE.format("linear") + PAGE.format("many") + PAGE.format("counts"))
     squares = [(size, size) for size in (2048, 4096, 8192, 16384)]
     report = made_up([*squares, (6144, 4096)], (1, 8, 16, 64), (2, 4, 8))
     peers = {"kernel": "humming-kernels", "N": 16384, "K": 16384, "bits": 4, "us_by_M": {"1": 66.0, "64": 192.0}}
@@ -201,6 +201,9 @@ def test_the_report_fills_the_pages_and_draws_the_plots(tmp_path):
     assert "| 16384 x 16384 | M = 64 |\n" in many
     assert "| 4 bits | 128.0 (50.0) |\n" in many
     assert "| speed-up over Humming | 1.50 / 1.50 / 1.50 |\n" in many
+    assert "| timed | 15 | 15 | 15 | 15 |\n" in many
+    assert "| within the target | 0 | 0 | 0 | 0 |\n" in many
+    assert "\nFrom M = 32 on 15 of 15 points are no slower than cuBLAS (2 %).\n" in many
     once = [path.read_bytes() for path in sorted((tmp_path / "assets").iterdir())]
     report_module().write_linear(report, peers, tmp_path)
     assert once == [path.read_bytes() for path in sorted((tmp_path / "assets").iterdir())]

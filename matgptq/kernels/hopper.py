@@ -188,11 +188,9 @@ def choose(problem: Problem) -> HopperConfig | None:
         return None
     if p.M >= 4096:  # power bounds the clock: x from the L2 costs some, SMs that wait cost none
         return replace(best, pair=True) if best.persistent and best.row_tiles * best.tokens == 512 else best
-    shared = _stream_k_tile(p)
+    shared, worth = _stream_k_tile(p), 0.98 if p.M < 1024 and p.planes <= 4 else 0.95
     if p.M > 256 and _waves(p, shared) < 1:
         worth = 0.92  # its times scatter: 6144 x 4096, M = 512, 4 bits 42 to 52 us, where the other tile took 43
-    else:
-        worth = 0.98 if p.M < 1024 and p.planes <= 4 else 0.95
     return shared if supports(shared, p) and _microseconds(p, shared) < worth * _microseconds(p, best) else best
 
 
