@@ -230,8 +230,8 @@ def transformers_table(report: dict[str, Any]) -> str:
     first = [c["seconds"] * 1e3 for c in report["width_changes"][: len(report["width_changes"]) // 2]]
     again = [c["seconds"] * 1e3 for c in report["width_changes"][len(report["width_changes"]) // 2 :]]
     lines.append(
-        f"\nA change to a width takes {span(first)} ms the first time and {span(again)} ms later; the tokens of a width are the "
-        f"same when it comes back."
+        f"\nA change to a width takes {span(first)} ms the first time and {span(again)} ms later; "
+        "the tokens of a width are the same when it comes back."
     )
     return "\n".join(lines) + "\n"
 
