@@ -189,7 +189,7 @@ def models_table(report: dict[str, Any]) -> str:
     """Microseconds and the speed-up over cuBLAS at 4 bits, by shape and tokens."""
     batches = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
     lines = [row_of("4 bits", [f"M = {m}" for m in batches]), "| --- |" + " --- |" * len(batches)]
-    every = []
+    every: list[dict[str, Any]] = []
     for N, K in dict.fromkeys((r["N"], r["K"]) for r in report["results"]):
         rows = of_shape(report, N, K)
         every += rows.values()

@@ -13,7 +13,7 @@
 //
 // The blocks of a cluster split k; each adds up and stores its share of the sums, in one fixed order, from its shared memory.
 // Where k is not split, and with one group along k, a block computes several tiles: the ring fills for the next while one is
-// stored, from 64 tokens on by whole rows of y, which pass through shared memory. From 1024 tokens on two such blocks are a
+// stored, from 64 tokens on by whole rows of y, which pass through shared memory. From 4096 tokens on two such blocks are a
 // cluster and share x: each asks for half of it, for both.
 //
 // Where tiles do not fill whole waves of blocks, blocks share the turns of some tiles evenly (stream-K, arXiv 2301.03598): each
@@ -422,7 +422,7 @@ __device__ __forceinline__ void apply_scale(uint32_t (&a)[4], int step, const Sc
 }
 
 // STREAM_K: a consumer's sums go to global memory, and from there to the sums of the same thread of another block. A warp of its
-// own, the clerk, says when they are there, so that consumers do not wait for memory.
+// own, the clerk, says when they are there (`keep_books`), so that consumers do not wait for memory.
 using Sums = float[WORDS][TOKENS / 2];
 constexpr int kWithClerk = kConsumers + 32;
 __device__ __forceinline__ float4* room_of(const Params& p, int block) {
