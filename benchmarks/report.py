@@ -6,9 +6,10 @@ python benchmarks/report.py
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from matgptq.plots import new_axes, save
 
 ROOT = Path(__file__).parents[1]
 WIDTHS = ("8", "6", "4", "3", "2")
+PAR = 0.98  # of cuBLAS's speed: no slower but for noise
 SHOWN = ((8192, 8192), (16384, 16384), (4096, 4096), (28672, 4096), (4096, 14336))  # with a table of their own
 
 
@@ -38,19 +40,33 @@ def fill(page: Path, name: str, text: str) -> None:
     page.write_text(mark.sub(lambda found: found[1] + text + found[2], content), encoding="utf-8")
 
 
+def line(name: str, cells: Iterable[object]) -> str:
+    """A line of a table."""
+    return (f"| {name} | " if name else "| | ") + " | ".join(map(str, cells)) + " |"
+
+
+def head(name: str, columns: Sequence[object]) -> list[str]:
+    """The first lines of a table."""
+    return [line(name, columns), line("---", ["---"] * len(columns))]
+
+
+def of_tokens(batches: Iterable[int]) -> list[str]:
+    """Columns by tokens."""
+    return [f"M = {m}" for m in batches]
+
+
 def quality_table(quality: dict[str, Any]) -> str:
     """Perplexity by method and width."""
     lines = ["| perplexity | 8 bits | 6 | 4 | 3 | 2 |", "| --- | --- | --- | --- | --- | --- |"]
     lines.append(f"| dense | {number(quality['dense_perplexity'])} | | | | |")
     for row in quality["results"]:
-        cells = " | ".join(number(row["perplexity"].get(bits)) for bits in WIDTHS)
-        lines.append(f"| {row['method']} | {cells} |")
+        lines.append(line(row["method"], (number(row["perplexity"].get(bits)) for bits in WIDTHS)))
     return "\n".join(lines) + "\n"
 
 
 def demo_table(demo: dict[str, Any]) -> str:
     """What ``make demo`` printed: perplexity, size and answer by width."""
-    lines = ["| | perplexity | weights | what is the capital of France? |", "| --- | --- | --- | --- |"]
+    lines = head("", ("perplexity", "weights", "what is the capital of France?"))
     lines.append(f"| dense | {number(demo['dense_perplexity'])} | {demo['dense_bytes'] / 1e6:.0f} MB | |")
     for bits, row in demo["widths"].items():
         answer = row["answer"].replace("|", "\\|")
@@ -65,15 +81,19 @@ def of_shape(report: dict[str, Any], N: int, K: int) -> dict[tuple[int, int], di
     return {(r["bits"], r["M"]): r for r in rows}
 
 
+def shapes_of(report: dict[str, Any]) -> list[tuple[int, int]]:
+    """out_features and in_features of the layers, in the order of the report."""
+    return list(dict.fromkeys((r["N"], r["K"]) for r in report["results"]))
+
+
 def gpu_table(report: dict[str, Any]) -> str:
     """Microseconds of a call and the speed-up over torch.matmul, by width and tokens."""
     rows = of_shape(report, 8192, 8192)
     batches = [m for m in (1, 8, 16, 32, 64, 256) if (4, m) in rows]
-    lines = ["| 8192 x 8192, microseconds (times torch.matmul's speed) | " + " | ".join(f"M = {m}" for m in batches)]
-    lines[0] += " |\n| --- |" + " --- |" * len(batches)
+    lines = head("8192 x 8192, microseconds (times torch.matmul's speed)", of_tokens(batches))
     for bits in (2, 4, 8):
         found = [rows[bits, m] for m in batches]
-        lines.append(f"| {bits} bits | " + " | ".join(f"{r['us']:.1f} ({ratio(r):.2f})" for r in found) + " |")
+        lines.append(line(f"{bits} bits", map(with_ratio, found)))
     return "\n".join(lines) + "\n"
 
 
@@ -101,6 +121,11 @@ def ratio(row: dict[str, Any]) -> float:
     return row["torch_us"] / row["us"]
 
 
+def with_ratio(row: dict[str, Any]) -> str:
+    """A result as a table shows it, with its speed-up over torch.matmul."""
+    return f"{row['us']:.1f} ({ratio(row):.2f})"
+
+
 def timed(row: dict[str, Any] | None) -> str:
     """A result as a table shows it, with its target if it has one."""
     if row is None:
@@ -116,22 +141,17 @@ def linear_tables(report: dict[str, Any], peers: Peers, batches: Sequence[int], 
         rows = of_shape(report, N, K)
         if not rows:
             continue
-        lines = [f"| {N} x {K} | " + " | ".join(f"M = {m}" for m in batches) + " |"]
-        lines.append("| --- |" + " --- |" * len(batches))
+        lines = head(f"{N} x {K}", of_tokens(batches))
         for b in bits:
-            found = [rows.get((b, m)) for m in batches]
-            lines.append(f"| {b} bits | " + " | ".join(timed(r) for r in found) + " |")
+            lines.append(line(f"{b} bits", (timed(rows.get((b, m))) for m in batches)))
         names = " / ".join(str(b) for b in bits)
         theirs = [[peers.get((N, K, b, m)) for b in bits] for m in batches]
-        cells = [" / ".join(f"{us:.1f}" for us in each if us) for each in theirs]
-        lines.append(f"| Humming, {names} bits | " + " | ".join(cells) + " |")
+        lines.append(line(f"Humming, {names} bits", (" / ".join(f"{us:.1f}" for us in each if us) for each in theirs)))
         torch_us = {m: r["torch_us"] for (_, m), r in rows.items()}
-        lines.append("| cuBLAS | " + " | ".join(f"{torch_us[m]:.1f}" if m in torch_us else "" for m in batches) + " |")
+        lines.append(line("cuBLAS", (f"{torch_us[m]:.1f}" if m in torch_us else "" for m in batches)))
         parts.append("\n".join(lines) + "\n")
-    lines = ["| least / median / most | " + " | ".join(f"M = {m}" for m in batches) + " |"]
-    lines.append("| --- |" + " --- |" * len(batches))
-    shapes = dict.fromkeys((r["N"], r["K"]) for r in report["results"])
-    every = [r for shape in shapes for r in of_shape(report, *shape).values()]
+    lines = head("least / median / most", of_tokens(batches))
+    every = [r for shape in shapes_of(report) for r in of_shape(report, *shape).values()]
     both = [(r, peers[key]) for r in every if (key := (r["N"], r["K"], r["bits"], r["M"])) in peers]
     for name, values in (
         ("speed-up over cuBLAS", [(r["M"], ratio(r)) for r in every]),
@@ -140,62 +160,49 @@ def linear_tables(report: dict[str, Any], peers: Peers, batches: Sequence[int], 
     ):
         by_batch = [[value for M, value in values if m == M] for m in batches]
         cells = [f"{min(v):.2f} / {statistics.median(v):.2f} / {max(v):.2f}" if v else "" for v in by_batch]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(line(name, cells))
     return "\n".join([*parts, "\n".join(lines) + "\n"])
-
-
-def row_of(name: str, cells: Sequence[object]) -> str:
-    """A line of a table."""
-    return f"| {name} | " + " | ".join(map(str, cells)) + " |"
 
 
 def counts(report: dict[str, Any]) -> str:
     """How many of the points meet the target, and how many are no slower than cuBLAS, by tokens and by shape."""
-    shapes = dict.fromkeys((r["N"], r["K"]) for r in report["results"])
-    every = [r for shape in shapes for r in of_shape(report, *shape).values()]
-    batches = sorted({r["M"] for r in every})
-    few, many = [m for m in batches if m <= 64], [m for m in batches if m >= 32]
+    every = [r for shape in shapes_of(report) for r in of_shape(report, *shape).values()]
 
-    def number_of(rows: list[dict[str, Any]], m: int) -> int:
-        return sum(r["M"] == m for r in rows)
+    def counted(name: str, rows: list[dict[str, Any]], batches: list[int]) -> str:
+        return line(name, (sum(r["M"] == m for r in rows) for m in batches))
 
-    met = [r for r in every if r["M"] <= 64 and r["us"] <= target_us(r)]
-    near = [r for r in every if r["M"] <= 64 and r["us"] <= 1.05 * target_us(r)]
-    par = [r for r in every if ratio(r) >= 0.98]
-    slower = [r for r in every if r["M"] >= 32 and r not in par]
-    large = [r for r in every if r["M"] >= 1024]
-    lines = [row_of("points", [f"M = {m}" for m in few]), "| --- |" + " --- |" * len(few)]
-    lines.append(row_of("timed", [number_of(every, m) for m in few]))
-    lines.append(row_of("within the target", [number_of(met, m) for m in few]))
-    lines.append(row_of("within 1.05 times it", [number_of(near, m) for m in few]))
-    lines += ["", row_of("points", [f"M = {m}" for m in many]), "| --- |" + " --- |" * len(many)]
-    lines.append(row_of("timed", [number_of(every, m) for m in many]))
-    lines.append(row_of("no slower than cuBLAS (2 %)", [number_of(par, m) for m in many]))
-    by_shape = sorted(((sum((r["N"], r["K"]) == s for r in slower), s) for s in shapes), reverse=True)
-    where = ", ".join(f"{n} of {N} x {K}" for n, (N, K) in by_shape if n)
-    first = f"\nFrom M = 32 on {len(par) - sum(r['M'] < 32 for r in par)} of {sum(r['M'] >= 32 for r in every)} points"
-    lines.append(f"{first} are no slower than cuBLAS (2 %).")
+    few, many, large = (
+        [r for r in every if least <= r["M"] <= most] for least, most in ((1, 64), (32, math.inf), (1024, math.inf))
+    )
+    batches = sorted({r["M"] for r in few})
+    lines = head("points", of_tokens(batches))
+    lines.append(counted("timed", few, batches))
+    lines.append(counted("within the target", [r for r in few if r["us"] <= target_us(r)], batches))
+    lines.append(counted("within 1.05 times it", [r for r in few if r["us"] <= 1.05 * target_us(r)], batches))
+    batches = sorted({r["M"] for r in many})
+    slower = [r for r in many if ratio(r) < PAR]
+    lines += ["", *head("points", of_tokens(batches)), counted("timed", many, batches)]
+    lines.append(counted("no slower than cuBLAS (2 %)", [r for r in many if ratio(r) >= PAR], batches))
+    lines.append(f"\nFrom M = 32 on {len(many) - len(slower)} of {len(many)} points are no slower than cuBLAS (2 %).")
     if slower:
+        by_shape = sorted(((sum((r["N"], r["K"]) == s for r in slower), s) for s in shapes_of(report)), reverse=True)
+        where = ", ".join(f"{n} of {N} x {K}" for n, (N, K) in by_shape if n)
         lines[-1] += f" Slower are {where}; at worst {min(map(ratio, slower)):.2f} times its speed."
     if large:
-        ahead = sum(ratio(r) >= 1 for r in large)
-        lines.append(
-            f"From M = 1024 on {ahead} of {len(large)} are no slower, {sum(r in par for r in large)} within 2 %."
-        )
+        ahead, par = (sum(ratio(r) >= least for r in large) for least in (1, PAR))
+        lines.append(f"From M = 1024 on {ahead} of {len(large)} are no slower, {par} within 2 %.")
     return "\n".join(lines) + "\n"
 
 
 def models_table(report: dict[str, Any]) -> str:
     """Microseconds and the speed-up over cuBLAS at 4 bits, by shape and tokens."""
     batches = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
-    lines = [row_of("4 bits", [f"M = {m}" for m in batches]), "| --- |" + " --- |" * len(batches)]
-    every: list[dict[str, Any]] = []
-    for N, K in dict.fromkeys((r["N"], r["K"]) for r in report["results"]):
-        rows = of_shape(report, N, K)
-        every += rows.values()
-        lines.append(row_of(f"{N} x {K}", [f"{rows[4, m]['us']:.1f} ({ratio(rows[4, m]):.2f})" for m in batches]))
-    found = [[ratio(r) for r in every if r["M"] == m] for m in batches]
-    lines.append(row_of("median", [f"({statistics.median(f):.2f})" for f in found]))
+    lines = head("4 bits", of_tokens(batches))
+    layers = {shape: of_shape(report, *shape) for shape in shapes_of(report)}
+    for (N, K), rows in layers.items():
+        lines.append(line(f"{N} x {K}", (with_ratio(rows[4, m]) for m in batches)))
+    medians = [statistics.median(ratio(rows[4, m]) for rows in layers.values()) for m in batches]
+    lines.append(line("median", (f"({median:.2f})" for median in medians)))
     return "\n".join(lines) + "\n"
 
 
@@ -217,8 +224,7 @@ def transformers_table(report: dict[str, Any]) -> str:
     lines = [
         f"{report['device']}, Transformers {report['transformers']}, torch {report['torch']}, {report['model']}, "
         f"{report['prompt_tokens']} tokens in, {report['new_tokens']} out; tokens a second{times_dense}.\n",
-        "| | " + " | ".join(f"`{loop}`, batch {batch}" for loop, batch in columns) + " |",
-        "| --- |" + " --- |" * len(columns),
+        *head("", [f"`{loop}`, batch {batch}" for loop, batch in columns]),
     ]
     for bits in sorted({r["bits"] for r in report["results"]}):
         cells = []
@@ -226,7 +232,7 @@ def transformers_table(report: dict[str, Any]) -> str:
             rate, dense = found.get((bits, *column)), found.get((16, *column))
             ratio = f" ({rate / dense:.2f})" if rate and dense and bits != 16 else ""
             cells.append(f"{rate:.0f}{ratio}" if rate else "")
-        lines.append(f"| {'dense' if bits == 16 else f'{bits} bits'} | " + " | ".join(cells) + " |")
+        lines.append(line("dense" if bits == 16 else f"{bits} bits", cells))
     first = [c["seconds"] * 1e3 for c in report["width_changes"][: len(report["width_changes"]) // 2]]
     again = [c["seconds"] * 1e3 for c in report["width_changes"][len(report["width_changes"]) // 2 :]]
     lines.append(
@@ -241,12 +247,11 @@ def vllm_table(report: dict[str, Any], other: dict[str, Any]) -> str:
     batches = list(report["results"][0]["seconds"])
     lines = [
         f"{report['device']}, vLLM {report['vllm']}, {report['model']}. {report['method']} (times bf16's speed).\n",
-        "| | GiB | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
-        "| --- | --- |" + " --- |" * len(batches),
+        *head("", ["GiB", *(f"batch {batch}" for batch in batches)]),
     ]
     for name, weights, seconds, dense in vllm_rows(report, other):
         cells = [f"{seconds[b]:.3f} ({dense[b] / seconds[b]:.2f})" if b in seconds else "" for b in batches]
-        lines.append(f"| {name} | {weights:.2f} | " + " | ".join(cells) + " |")
+        lines.append(line(name, [f"{weights:.2f}", *cells]))
     return "\n".join(lines) + "\n"
 
 
