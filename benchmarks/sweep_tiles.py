@@ -39,7 +39,7 @@ def every_tile(problem: Problem) -> Iterator[AnyConfig]:
     others: list[AnyConfig] = [*linear_tiles(problem), *hopper_tiles(problem)]
     for config in dict.fromkeys(others):
         blocks = -(-problem.N // config.rows) * -(-problem.M // config.tokens) * config.cluster
-        if config != chosen and (blocks >= 44 or getattr(config, "stream_k", False)):
+        if config != chosen and (blocks >= 44 or (isinstance(config, hopper.HopperConfig) and config.stream_k)):
             yield config
 
 

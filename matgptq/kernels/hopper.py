@@ -61,7 +61,7 @@ class HopperConfig:
     @property
     def turns_at_once(self) -> int:
         """Turns that a warp takes together: it has two sets of operands."""
-        return 2 if self.turn_tiles == self.words * self.k_groups == 1 else 1
+        return 2 if self.turn_tiles // self.k_groups * self.words == 1 else 1
 
     def split_turns(self, problem: Problem) -> int:
         """Turns of one of ``splits`` blocks; an even number where a turn is one k tile."""
@@ -201,16 +201,21 @@ def _waves(p: Problem, c: HopperConfig) -> float:
 
 def _stream_k_tile(p: Problem) -> HopperConfig:
     """The tile whose k blocks share where others leave SMs idle."""
-    two = p.group_size <= 0 or p.group_size % 32 == 0
     if p.M <= 128:
         t = next(t for t in TOKENS if t >= p.M)
         registers_for_two_words = not (p.zeros and p.planes > 6)
         if t > 32 and p.row_tiles > 256 and registers_for_two_words:
             return HopperConfig(4, 2, t, 1, 1, 1, stream_k=True)
-        return HopperConfig(2, 1, t, 1, 2 if two and t <= 32 else 1, 1, stream_k=True)
+        return HopperConfig(2, 1, t, 1, 2 if _registers_for_two_blocks(p) and t <= 32 else 1, 1, stream_k=True)
     padded = {t: -(-p.M // t) * t * (1 + (256 - t) / 3200) for t in (128, 192, 256)}
     t = 192 if p.M <= 192 else min(padded, key=lambda t: padded[t])
-    return HopperConfig(4 if t == 128 else 2, 2 if t == 128 else 1, t, 1, 1, 1, stream_k=True)
+    row_tiles, words = (4, 2) if t == 128 else (2, 1)
+    return HopperConfig(row_tiles, words, t, 1, 1, 1, stream_k=True)
+
+
+def _registers_for_two_blocks(p: Problem) -> bool:
+    """Whether two blocks an SM may do: many scales take registers."""
+    return p.group_size <= 0 or p.group_size % 32 == 0
 
 
 def _microseconds(p: Problem, c: HopperConfig) -> float:
@@ -246,7 +251,7 @@ def _tiles(p: Problem) -> Iterator[HopperConfig]:
         t = 96 if p.M <= 192 or 256 < p.M <= 384 or 512 < p.M <= 768 else 128
     rows = p.row_tiles * -(-p.M // t)
     few_planes, long = p.planes <= 6, p.k_tiles >= 128
-    two = p.group_size <= 0 or p.group_size % 32 == 0  # blocks an SM: many scales take registers
+    two = _registers_for_two_blocks(p)
     if 128 < p.M <= 256:
         yield from _tiles_of_all_tokens(p)
     if t <= 32:

@@ -82,7 +82,7 @@ class Launcher:
     def __call__(
         self, stream: int, M: int, x: Any, planes: int, scales: int, zeros: int, bias: int, y: int, *rest: int
     ) -> None:
-        """Launches on ``stream``; from x to y they are device addresses, 0 for none; ``rest`` is a subclass's own."""
+        """Launches on ``stream``; from x to y they are device addresses, 0 for none; ``rest`` ends the Params."""
         token_blocks = -(-M // self._tokens)
         launch = self._launches.get((stream, token_blocks)) or self._configure(stream, token_blocks)
         try:
@@ -117,7 +117,7 @@ class HopperLauncher(Launcher):
     def __init__(self, problem: Problem, config: HopperConfig, device: int, programmatic: bool = True):
         self._prepare(problem, config, hopper.shared_bytes(problem, config), device, programmatic)
         splits = (config.splits, config.split_turns(problem), hopper.barriers_offset(problem, config))
-        self._constants = (*_sizes(problem), *splits, _shift(problem))
+        self._constants = (*_sizes(problem), *splits, _shift(problem), *(() if config.stream_k else _ALONE))
         self._config, self._device = config, device
         self._clusters = -(-problem.N // (config.rows * (2 if config.pair else 1)))  # along rows
         self._resident = torch.cuda.get_device_properties(device).multi_processor_count * config.blocks
@@ -134,7 +134,7 @@ class HopperLauncher(Launcher):
                 self._maps.clear()
             tensor_map = self._maps[(x, M)] = _tensor_map(x, M, self.problem.K, self._config.box_tokens)
         if not self._config.stream_k:
-            super().__call__(stream, M, tensor_map, planes, scales, zeros, bias, y, *_ALONE)
+            super().__call__(stream, M, tensor_map, planes, scales, zeros, bias, y)
             return
         token_blocks = -(-M // self._tokens)
         shares = self._shares.get(token_blocks)
