@@ -30,6 +30,7 @@ from kernel_checks import (
     Checks,
     check_decoding,
     check_determinism,
+    check_gated,
     check_graph,
     check_older_gpus,
     check_products,
@@ -82,6 +83,7 @@ def part_checks(options: argparse.Namespace) -> str:
     checks = Checks()
     check_decoding(checks)
     check_products(checks, options.quick)
+    check_gated(checks)
     check_older_gpus(checks)
     check_determinism(checks)
     check_graph(checks)

@@ -77,6 +77,19 @@ class Layer:
         return y if self.bias is None else y + self.bias.double()
 
 
+class GatedLayer(Layer):
+    """Two layers of N rows each, gated."""
+
+    def __init__(self, N: int, K: int, bits: int, *rest: Any, **options: Any) -> None:
+        super().__init__(2 * N, K, bits, *rest, **options)
+        self.options |= {"out_features": N, "gated": True}
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The result in float64."""
+        gate, up = super().reference(x).chunk(2, -1)
+        return torch.nn.functional.silu(gate) * up
+
+
 def problem_of(layer: dict[str, Any], M: int) -> Problem:
     """The kernels' problem for a layer's options and M tokens."""
     major, minor = torch.cuda.get_device_capability()
@@ -262,6 +275,22 @@ def check_unusual_activations(checks: Checks) -> None:
             checks.expect(bool(apart), f"{value} in row {row} {bits=} {dtype} {M=}")
 
 
+def check_gated(checks: Checks) -> None:
+    """Layers whose kernel gates its outputs, or has another do so after it."""
+    shapes = [(64, 128), (1536, 576), (4096, 1024), (14336, 512), (2048, 8192), (28672, 256)]
+    ways = itertools.cycle(itertools.product((False, True), ((False, "round"), (True, "round"), (True, "prefix"))))
+    cases: list[tuple[dict[str, Any], int]] = []
+    for (N, K), M, bits, dtype in itertools.product(shapes, (1, 2, 3, 8, 9, 40, 300), range(2, 9), DTYPES):
+        zeros, (resident, rule) = next(ways)
+        layer = {"N": N, "K": K, "bits": bits, "dtype": dtype, "group_size": 64, "zeros": zeros, "resident": resident}
+        cases.append(({**layer, "rule": rule, "bias": bits % 2 == 0}, M))
+    warmup([replace(problem_of(layer, M), gated=True) for layer, M in cases])
+    for options, M in cases:
+        gated, x = GatedLayer(**options), tokens(M, options["K"], options["dtype"]) * 0.3
+        checks.close(gated, x, f"gated {options} {M=}")
+        checks.expect(torch.equal(gated(x), gated(x)), f"gated, same bits again {options} {M=}")
+
+
 def check_older_gpus(checks: Checks) -> None:
     """The tiles of GPUs without clusters or programmatic launches, run on this one."""
     for sm, bits, M in itertools.product((80, 86), (2, 4, 7), (1, 2, 9, 40)):
@@ -274,6 +303,13 @@ def check_older_gpus(checks: Checks) -> None:
         launcher(stream, M, x.data_ptr(), layer.planes.data_ptr(), layer.scales.data_ptr(), zeros, 0, y.data_ptr())
         error = relative_error(y, layer.reference(x))
         checks.expect(error <= TOLERANCE["float16"], f"tiles of sm_{sm} {bits=} {M=}: relative error {error:.2e}")
+        gated = replace(here, N=128, zeros=False, gated=True)
+        both = GatedLayer(128, 2048, bits, resident=bits == 4)
+        launcher = make_launcher(gated, choose(replace(gated, sm=sm)), 0, programmatic=False)
+        y = torch.full((M, 128), float("nan"), device="cuda", dtype=torch.float16)
+        launcher(stream, M, x.data_ptr(), both.planes.data_ptr(), both.scales.data_ptr(), 0, 0, y.data_ptr())
+        error = relative_error(y, both.reference(x))
+        checks.expect(error <= TOLERANCE["float16"], f"gated tiles of sm_{sm} {bits=} {M=}: relative error {error:.2e}")
 
 
 def check_determinism(checks: Checks) -> None:
@@ -294,16 +330,18 @@ def check_graph(checks: Checks) -> None:
         check_graph_of(checks, M, 1024)
     for M in (16, 60, 200):  # stream-K
         check_graph_of(checks, M, 5120)
+    for M in (1, 6, 30):
+        check_graph_of(checks, M, 1024, GatedLayer)
 
 
-def check_graph_of(checks: Checks, M: int, size: int) -> None:
+def check_graph_of(checks: Checks, M: int, size: int, kind: type[Layer] = Layer) -> None:
     """`check_graph` for a number of tokens and layers of one size."""
-    layers = [Layer(size, size, bits, seed=bits) for bits in (2, 3, 4, 8)]
+    layers = [kind(size, size, bits, seed=bits) for bits in (2, 3, 4, 8)]
     x = tokens(M, size, "float16")
 
     def chain(v: Tensor) -> Tensor:
         for layer in layers:
-            v = layer(layer(v)) * 0.5
+            v = layer(v if kind is GatedLayer else layer(v)) * 0.5  # gated twice it would be beyond fp16
             v = v / v.abs().amax()
         return v
 
@@ -314,7 +352,7 @@ def check_graph_of(checks: Checks, M: int, size: int) -> None:
     for _ in range(20):
         out.fill_(float("nan"))
         graph.replay()
-        checks.expect(torch.equal(out, want), f"graph replay {M=} {size=}")
+        checks.expect(torch.equal(out, want), f"graph replay {M=} {size=} {kind.__name__}")
     streams = [torch.cuda.Stream() for _ in range(3)]
     sides = []
     for stream in streams:  # at once
@@ -322,4 +360,6 @@ def check_graph_of(checks: Checks, M: int, size: int) -> None:
         with torch.cuda.stream(stream):
             sides.append([chain(x) for _ in range(5)])
     torch.cuda.synchronize()
-    checks.expect(all(torch.equal(y, want) for side in sides for y in side), f"other streams {M=} {size=}")
+    checks.expect(
+        all(torch.equal(y, want) for side in sides for y in side), f"other streams {M=} {size=} {kind.__name__}"
+    )

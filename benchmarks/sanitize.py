@@ -8,10 +8,11 @@ Exits with 1 if a result is wrong, and with 2 if there is no CUDA GPU.
 from __future__ import annotations
 
 import sys
+from typing import Any
 from unittest import mock
 
 import torch
-from kernel_checks import Checks, Layer, tokens
+from kernel_checks import Checks, GatedLayer, Layer, tokens
 
 from matgptq.kernels import launch, matmul
 from matgptq.kernels.hopper import HopperConfig
@@ -50,6 +51,15 @@ CASES = [  # bits, M, N, K, group_size, zeros, resident
 ]
 
 
+GATED = [  # few.cu, linear.cu by one block and by two of a cluster, a tile that is halved, gate.cu
+    (4, 1, 1024, 1024, 128, False, False),
+    (3, 2, 192, 4096, 64, True, True),
+    (2, 6, 8320, 512, 128, False, False),
+    (4, 5, 192, 1024, 128, False, True),
+    (8, 1, 14336, 256, 128, False, False),
+    (4, 20, 192, 1024, 128, False, False),
+]
+
 SHARE_K, PAIR = {"stream_k": True}, {"pair": True}
 TILES = [  # which `choose` takes for larger problems
     # stream-K: whole tiles and pieces; a wave of whole tiles before (20 tokens); many blocks a tile
@@ -73,10 +83,11 @@ def room(size: int, device: int) -> torch.Tensor:
     return memory
 
 
-def check(checks: Checks, bits: int, M: int, N: int, K: int, group_size: int, zeros: bool, resident: bool) -> None:
+def check(checks: Checks, kind: type[Layer], bits: int, M: int, N: int, K: int, *rest: Any) -> None:
     """Compare a product with float64."""
-    layer = Layer(N, K, bits, "float16", group_size, "round", resident, zeros, bias=True)
-    checks.close(layer, tokens(M, K, "float16"), f"{bits=} {M=} {N}x{K}")
+    group_size, zeros, resident = rest
+    layer = kind(N, K, bits, "float16", group_size, "round", resident, zeros, bias=True)
+    checks.close(layer, tokens(M, K, "float16") * 0.3, f"{kind.__name__} {bits=} {M=} {N}x{K}")
 
 
 def main() -> None:
@@ -86,12 +97,13 @@ def main() -> None:
         sys.exit(2)
     launch._room = room
     checks = Checks()
-    for case in CASES:
-        check(checks, *case)
+    for kind, cases in ((Layer, CASES), (GatedLayer, GATED)):
+        for case in cases:
+            check(checks, kind, *case)
     for case, tile in TILES:
         matmul.bind.cache_clear()  # a case above may be the same problem, by the tile that `choose` takes
         with mock.patch.object(matmul, "choose", return_value=tile) as choose:
-            check(checks, *case)
+            check(checks, Layer, *case)
         assert choose.called, case
     checks.close(Layer(256, 1024, 5, "bfloat16"), tokens(9, 1024, "bfloat16"), "bfloat16")
     torch.cuda.synchronize()

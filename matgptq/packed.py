@@ -91,12 +91,12 @@ class PackedLinear(MatGPTQLinear):
         """Type of the activations."""
         return next(t.dtype for name, t in self.named_buffers() if name.startswith("scales"))
 
-    def problem(self, tokens: int) -> Problem:
+    def problem(self, tokens: int, gated: bool = False) -> Problem:
         """What the kernels are asked for a call of ``tokens`` tokens, on the GPU that the layer is on."""
         major, minor = torch.cuda.get_device_capability(self.planes.device)
         return Problem(
             tokens,
-            self.out_features,
+            self.out_features // 2 if gated else self.out_features,
             self.in_features,
             self.bits,
             dtype=str(self.dtype).removeprefix("torch."),
@@ -105,6 +105,7 @@ class PackedLinear(MatGPTQLinear):
             rule=self.rule,
             zeros=self.unit_zeros is not None,
             sm=10 * major + minor,
+            gated=gated,
         )
 
     @property
@@ -118,12 +119,16 @@ class PackedLinear(MatGPTQLinear):
         index = self.own_widths.index(bits) if bits in self.own_widths else len(self.own_widths)
         self._width[0], self._width[1] = bits, index
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., in_features)`` to ``(..., out_features)``, in the type of ``x``."""
+    def forward(self, x: Tensor, gated: bool = False) -> Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``, in the type of ``x``.
+
+        A layer that is two of one size, one after the other, may be ``gated``: ``(..., out_features / 2)``,
+        ``silu(first) * second`` (`packed_linear`).
+        """
         buffers = self._buffers  # a buffer as an attribute takes nn.Module half a microsecond to find
         if buffers["perm"] is not None:
             x = x.index_select(-1, buffers["perm"])
-        if self.width_at_run_time and torch.compiler.is_compiling():
+        if self.width_at_run_time and torch.compiler.is_compiling() and not gated:
             shared = [self.scales] if "scales" in self._buffers else []
             return packed_linear_at(
                 x,
@@ -145,11 +150,12 @@ class PackedLinear(MatGPTQLinear):
             buffers["unit_zeros"],
             self.bias,
             in_features=self.in_features,
-            out_features=self.out_features,
+            out_features=self.out_features // 2 if gated else self.out_features,
             bits=self._bits,
             group_size=self.group_size,
             rule=self.rule,
             resident=self.resident,
+            gated=gated,
         )
 
     def rows(self, start: int, stop: int) -> PackedLinear:

@@ -17,8 +17,9 @@ CPU = torch.device("cpu")
 class Launcher:
     """Writes down what it is asked to launch."""
 
-    def __init__(self, M, N, K, bits, dtype, group_size, rule, resident, zeros, index):
-        self.problem = Problem(M, N, K, bits, str(dtype).removeprefix("torch."), group_size, resident, rule, zeros)
+    def __init__(self, M, N, K, bits, dtype, group_size, rule, resident, zeros, gated, index):
+        kind = str(dtype).removeprefix("torch.")
+        self.problem = Problem(M, N, K, bits, kind, group_size, resident, rule, zeros, gated=gated)
         self.checked = set()
         self.calls = []
 
@@ -58,6 +59,13 @@ def test_a_layer_launches_its_own_memory(gpu):
     (launcher,) = gpu
     want = (77, 6, x.data_ptr(), layer.planes.data_ptr(), layer.scales.data_ptr(), 0, 0, y.data_ptr())
     assert launcher.calls == [want]
+
+
+def test_two_layers_gated_are_a_launch_of_its_own_kind(gpu):
+    layer = packed_layer()
+    assert layer(torch.randn(2, 256, dtype=torch.half), gated=True).shape == (2, 64)
+    assert layer(torch.randn(2, 256, dtype=torch.half)).shape == (2, 128)
+    assert [(launcher.problem.N, launcher.problem.gated) for launcher in gpu] == [(64, True), (128, False)]
 
 
 def test_memory_that_was_replaced_is_checked_and_launched(gpu):

@@ -9,12 +9,13 @@ from conftest import tiny_model, tiny_tokenizer
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.utils import fresh_cache
 
 import matgptq
 from matgptq import inductor
 from matgptq.decode import Decoder
-from matgptq.inductor import join_linears, step_options
+from matgptq.inductor import JoinLinears, step_options
 from matgptq.kernels import op
 from matgptq.overlap import SCHEDULER_OPTION, WaitFirst
 from matgptq.packed import pack
@@ -49,22 +50,26 @@ def model(folder):
 
 
 def linears(graph):
+    """How often a graph calls which linear op, and how many of these calls are gated."""
     names = [str(node.target) for node in graph.nodes if "packed_linear" in str(node.target)]
-    return Counter(name.split(".")[1] for name in names)
+    gated = sum(
+        node.target is torch.ops.matgptq.packed_linears_at.default and len(node.args) > 11 for node in graph.nodes
+    )
+    return Counter(name.split(".")[1] for name in names) + Counter(gated=gated)
 
 
 def joining(graphs):
-    """A backend that runs the graphs of ATen ops as they are after `join_linears`, and notes their linear ops."""
+    """A backend that runs the graphs of ATen ops as they are after `JoinLinears`, and notes their linear ops."""
 
     def compiler(module, inputs):
         before = linears(module.graph)
-        join_linears(module.graph)
+        JoinLinears()(module.graph)
         module.graph.lint()
         module.recompile()
         graphs.append((before, linears(module.graph)))
         return module
 
-    return aot_autograd(fw_compiler=compiler)
+    return aot_autograd(fw_compiler=compiler, decompositions=select_decomp_table())
 
 
 def joined_decoder(model, **options):
@@ -99,8 +104,8 @@ def test_layers_that_share_an_input_are_one_call_at_any_widths(model, monkeypatc
         answers.append(decoder.generate(IDS, 8))
         assert torch.equal(answers[-1], plain.generate(IDS, 8))
         calls.append(calls_of_a_step(decoder, monkeypatch))
-    once = {"packed_linear_at": 7 * LAYERS}, {"packed_linear_at": 2 * LAYERS, "packed_linears_at": 2 * LAYERS}
-    assert graphs == [once]  # one code for all widths
+    before, after = {"packed_linear_at": 7 * LAYERS}, {"packed_linear_at": 2 * LAYERS, "packed_linears_at": 2 * LAYERS}
+    assert graphs == [(before, {**after, "gated": LAYERS})]  # one code for all widths
     # q is apart from k and v; q, k and v are apart, and so are gate and up
     assert calls == [LAYERS * n for n in (4, 4, 5, 7, 4, 4)]
     assert torch.equal(answers[1], answers[-1])
@@ -125,7 +130,7 @@ def test_layers_that_were_moved_are_calls_of_their_own(model, monkeypatch):
     assert calls_of_a_step(decoder, monkeypatch) == 4 * LAYERS + 2  # k, and v behind it
     another, others = joined_decoder(model)
     assert torch.equal(another.generate(IDS, 8), want)
-    assert others[0][1] == {"packed_linear_at": 2 * LAYERS + 3, "packed_linears_at": 2 * LAYERS - 1}
+    assert others[0][1] == {"packed_linear_at": 2 * LAYERS + 3, "packed_linears_at": 2 * LAYERS - 1, "gated": LAYERS}
     assert graphs[0][1]["packed_linears_at"] == 2 * LAYERS
 
 
@@ -175,23 +180,26 @@ def test_a_decoder_as_users_have_it(folder, monkeypatch):
     pack(model)
     graphs, schedulers = [], []
 
-    def noting(graph):
+    gate_linears = inductor.gate_linears
+
+    def noting(graph, gated):
         before = linears(graph)
-        join_linears(graph)
+        gate_linears(graph, gated)
         graphs.append((before, linears(graph)))
 
     def wait_first(nodes):
         schedulers.append(nodes[0].scheduler)
         return WaitFirst()(nodes)
 
-    monkeypatch.setattr(inductor, "join_linears", noting)
+    monkeypatch.setattr(inductor, "gate_linears", noting)
     decoder = Decoder(model, max_length=40, compile=True)
     plain = Decoder(model, max_length=40)
     with fresh_cache(), config.patch({SCHEDULER_OPTION: wait_first}):
         for bits in (4, MIXED[0], 8):
             matgptq.set_bits(model, bits)
             assert torch.equal(decoder.generate(IDS, 8), plain.generate(IDS, 8))
-    assert graphs == [({"packed_linear_at": 7}, {"packed_linear_at": 2, "packed_linears_at": 2})]
+    joined = {"packed_linear_at": 2, "packed_linears_at": 2}
+    assert graphs == [(joined, {**joined, "gated": 1})]
     for scheduler in schedulers:  # it has generated the kernels by now
         scheduler.previous_node = "a kernel"
         assert scheduler.previous_node is None

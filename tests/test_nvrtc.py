@@ -9,7 +9,7 @@ import pytest
 from matgptq.kernels import nvrtc
 from matgptq.kernels.hopper import HopperConfig
 from matgptq.kernels.problem import Problem
-from matgptq.kernels.tiles import architecture, choose, defines, few_choice, linear_choice
+from matgptq.kernels.tiles import Gate, architecture, choose, defines, few_choice, gate_follows, linear_choice
 
 SHAPES = [(2048, 2048), (8192, 8192), (28672, 4096), (16384, 16384)]
 # All shapes where the tiles were measured, one elsewhere: about 1600 variants at 0.2 s each.
@@ -76,6 +76,21 @@ def test_few_variants_compile_without_spills(arch, compilers):
         if config:
             variants.setdefault((tuple(defines(problem, config).items()), arch), problem)
     assert variants
+    check_logs(variants, compilers)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_gated_variants_compile_without_spills(arch, compilers):
+    sm, _ = ARCHITECTURES[arch]
+    variants = {}
+    for bits, M, (N, K), dtype, kind in itertools.product(
+        range(2, 9), (1, 4, 16), ((1024, 1024), (14336, 4096)), ("float16", "bfloat16"), KINDS[:4]
+    ):
+        problem = Problem(M, N, K, bits, dtype, sm=sm, gated=True, **kind)
+        config = choose(problem)
+        kernel = Gate() if gate_follows(problem, config) else config
+        variants.setdefault((tuple(defines(problem, kernel).items()), architecture(problem, kernel)), problem)
+    assert len(variants) > 50
     check_logs(variants, compilers)
 
 

@@ -374,6 +374,51 @@ def test_layers_that_lie_together_can_be_copied_moved_and_changed():
     assert runs(module) == ["a", "b"]
 
 
+@pytest.mark.parametrize("widths", [(3, 3), (8, 4)])
+@pytest.mark.parametrize("apart", [False, True])
+def test_two_layers_gated(apart, widths, monkeypatch):
+    module = block(128, 128)
+    pack(module, dtype=torch.float16)
+    layers = list(module.children())
+    if apart:
+        layers[1].planes = layers[1].planes.clone()
+    for layer, bits in zip(layers, widths, strict=True):
+        layer.bits = bits
+    calls = []
+    packed_linear = op.packed_linear
+    monkeypatch.setattr(op, "packed_linear", lambda *a, **o: calls.append(o["gated"]) or packed_linear(*a, **o))
+    x = X.half()
+    arguments = (*of_several(x, layers), True)
+    got = torch.ops.matgptq.packed_linears_at(*arguments)
+    assert calls == ([False, False] if apart or widths[0] != widths[1] else [True])
+    assert torch.equal(got, torch.nn.functional.silu(layers[0](x)) * layers[1](x))
+    torch.library.opcheck(torch.ops.matgptq.packed_linears_at.default, arguments)
+
+
+def test_the_gated_op_is_what_torch_compile_needs():
+    module = block(256)
+    pack(module, dtype=torch.float16)
+    x = X.half()
+    gate, up = module.a(x).chunk(2, -1)
+    assert torch.equal(module.a(x, gated=True), torch.nn.functional.silu(gate) * up)
+    layer = module.a
+    arguments = (
+        x,
+        layer.planes,
+        layer.scales,
+        layer.unit_zeros,
+        layer.bias,
+        96,
+        128,
+        layer.bits,
+        32,
+        "round",
+        True,
+        True,
+    )
+    torch.library.opcheck(torch.ops.matgptq.packed_linear.default, arguments)
+
+
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("resident", [True, False])
 def test_the_op_of_several_layers_gives_what_each_gives(apart, resident, monkeypatch):

@@ -11,10 +11,13 @@ from matgptq.kernels.matmul import bucket, buckets
 from matgptq.kernels.problem import Problem, can_implement
 from matgptq.kernels.tiles import (
     Config,
+    Gate,
     architecture,
     choose,
     defines,
     few_choice,
+    fits,
+    gate_follows,
     grid,
     inbox_offset,
     linear_choice,
@@ -57,6 +60,30 @@ def test_choose_covers_every_problem(sm):
                 assert blocks[2] * config.rows >= N
                 assert inbox_offset(problem, config) % 16 == 0
                 assert shared_bytes(problem, config) <= 227 * 1024
+
+
+@pytest.mark.parametrize("sm", [80, 86, 90, 120])
+def test_gated_problems_are_covered(sm):
+    follows = 0
+    shapes = [(64, 16), (192, 576), (1536, 576), (9728, 2560), (14336, 4096), (28672, 8192)]
+    for (N, K), bits, M, (group_size, zeros) in itertools.product(
+        shapes, range(2, 9), (1, 2, 3, 8, 16, 17, 300), ((-1, False), (16, True))
+    ):
+        problem = Problem(M, N, K, bits, "bfloat16", group_size, zeros=zeros, sm=sm, gated=True)
+        config = choose(problem)
+        if gate_follows(problem, config):
+            follows += 1
+            assert config == choose(problem.layer)
+            assert supports(config, problem.layer)
+            continue
+        assert config.gated
+        assert fits(config, problem)
+        assert config.rows % 128 == 0
+        assert grid(problem, config)[2] * config.outputs >= N
+        assert defines(problem, config)["GATED"] == "1"
+    assert follows < 300  # of 588
+    assert gate_follows(Problem(1, 12288, 4096, 8, gated=True), choose(Problem(1, 12288, 4096, 8, gated=True)))
+    assert defines(Problem(1, 64, 64, 4, "bfloat16", gated=True), Gate()) == {"KERNEL": "gate", "FORMAT": "BFloat"}
 
 
 def test_hopper_covers_every_problem_of_many_tokens():
@@ -161,6 +188,7 @@ def test_can_implement_says_why():
             Problem(1, 64, 128, 4, group_size=24),
             "group_size must be -1 or a multiple of 16 that divides in_features 128, got 24",
         ),
+        (Problem(1, 96, 128, 4, gated=True), "out_features must be a multiple of 64 in a gated layer, got 96"),
         (Problem(1, 64, 128, 4, sm=75), "the GPU must be of compute capability 8.0 or newer, got 7.5"),
         (Problem(1, 64, 128, 4, dtype="float32"), "dtype must be float16 or bfloat16, got float32"),
     ]:

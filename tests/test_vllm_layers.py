@@ -1,6 +1,7 @@
 """Layers without an engine: cut for ranks, packed as on a GPU, registered by the entry point."""
 
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import engines  # noqa: F401 - sets the environment before vLLM is imported
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import fresh_cache
 
 import matgptq
 import vllm_matgptq.linear
@@ -27,7 +29,7 @@ def vllm_config(monkeypatch):
     """What layers ask of the engine's config."""
     config = SimpleNamespace(
         load_config=SimpleNamespace(load_format="auto"),
-        compilation_config=SimpleNamespace(cudagraph_capture_sizes=None),
+        compilation_config=SimpleNamespace(cudagraph_capture_sizes=None, inductor_compile_config={}),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
     )
     monkeypatch.setattr(vllm_matgptq.linear, "get_current_vllm_config", lambda: config)
@@ -182,6 +184,24 @@ def test_packed_as_on_a_gpu_gives_the_same(sizes, resident, perm):
             torch.testing.assert_close(fused(x), torch.cat([layer(x) for layer in layers], 1), rtol=2e-3, atol=2e-3)
 
 
+def test_two_layers_of_one_size_can_be_gated():
+    layers = [whole(stored(128, i), 4) for i in range(2)]
+    for layer in layers:
+        layer.to(torch.float16)
+    x = torch.randn(5, COLUMNS).half()
+    for parts, resident, bits in (
+        (layers, False, None),
+        (layers, True, [3, 3]),
+        (layers, True, [8, 4]),
+        (layers[:1], False, None),
+    ):
+        fused = FusedLinear(parts, dtype=torch.float16, resident=resident, packed=True)
+        if bits:
+            fused.set_bits(bits)
+        gate, up = fused(x).chunk(2, -1)
+        assert torch.equal(fused.gated(x), torch.nn.functional.silu(gate) * up)
+
+
 def test_the_override_may_be_short(tmp_path):
     stored_config = QuantConfig(group_size=64, bits_per_layer={"*.q_proj": 6})
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": stored_config.to_dict()}))
@@ -217,6 +237,30 @@ def test_the_op_is_what_torch_compile_needs():
     torch.testing.assert_close(compiled(*arguments), op(*arguments))
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs g++ on a CPU")
+@pytest.mark.parametrize("gated", [True, False])
+def test_gate_and_up_are_one_call_with_what_follows_them(gated, monkeypatch):
+    from vllm.model_executor.layers.activation import SiluAndMul
+
+    checkpoint = {f"model.{name}_proj": stored(128, i) for i, name in enumerate(("gate", "up"))}
+    _, layer = rank_layer(checkpoint, [128, 128], shard_ids=(0, 1))
+    calls = []
+    monkeypatch.setattr(
+        FusedLinear, "gated", lambda self, x, gated=FusedLinear.gated: calls.append(1) or gated(self, x)
+    )
+
+    def forward(x):
+        y = torch.ops.vllm_matgptq.linear(x, layer.matgptq_key, 256)
+        return SiluAndMul.forward_native(y if gated else y.flip(-1))
+
+    x = torch.randn(5, COLUMNS).bfloat16()
+    passes = {"post_grad_custom_pre_pass": vllm_matgptq.linear.GateLinears()}
+    with fresh_cache():
+        got = torch.compile(forward, fullgraph=True, dynamic=True, options=passes)(x)
+    assert len(calls) == gated
+    torch.testing.assert_close(got, forward(x), rtol=2e-2, atol=1e-3)
+
+
 def test_vllm_finds_the_entry_point():
     """Import failures in plugins are only logged: see that it is registered."""
     code = (
@@ -228,15 +272,16 @@ def test_vllm_finds_the_entry_point():
     assert out.splitlines()[-1] == "vllm_matgptq.config vllm_matgptq.config"
 
 
-def test_compiled_kernels_overlap_with_ours_from_hopper_on(monkeypatch):
+def test_what_the_compiler_is_told(monkeypatch):
     from vllm.config import CompilationConfig
 
     def options(**asked):
         config = SimpleNamespace(compilation_config=CompilationConfig(inductor_compile_config=asked))
         before = config.compilation_config.compute_hash()
-        vllm_matgptq.linear.overlap_launches(config)
+        vllm_matgptq.linear.set_compile_options(config)
         found = config.compilation_config.inductor_compile_config
-        assert (config.compilation_config.compute_hash() == before) == ("triton.enable_pdl" not in found or bool(asked))
+        assert config.compilation_config.compute_hash() != before
+        assert isinstance(found["post_grad_custom_pre_pass"], vllm_matgptq.linear.GateLinears)
         return {name: found.get(name) for name in ("triton.enable_pdl", "_post_fusion_custom_pass")}
 
     nothing = {"triton.enable_pdl": None, "_post_fusion_custom_pass": None}

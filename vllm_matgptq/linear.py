@@ -5,7 +5,8 @@ and a width of its own. Neighbours that are stored alike become one `MatGPTQLine
 one width are one call.
 
 torch.compile sees one op a layer, ``vllm_matgptq::linear``, which finds the layer when it runs. So compiled code, and
-vLLM's cache of it, holds for every width, and similar layers share it.
+vLLM's cache of it, holds for every width, and similar layers share it. Compiled, ``silu(gate) * up`` is the end of the
+call that computes gate and up (`matgptq.inductor.gate_linears`).
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
+from matgptq import inductor
 from matgptq.kernels.matmul import buckets, warmup
+from matgptq.kernels.op import silu_and_mul
 from matgptq.kernels.packing import TILE
 from matgptq.kernels.tiles import can_implement
 from matgptq.linear import MatGPTQLinear
@@ -41,20 +45,39 @@ SUFFIXES = {"qweight": torch.uint8, "zeros": torch.uint8, "perm": torch.int32, "
 SUFFIXES |= {f"scales_{bits}": torch.float32 for bits in range(MIN_BITS, MAX_BITS + 1)}
 
 library = torch.library.Library("vllm_matgptq", "DEF")
-library.define("linear(Tensor x, Tensor key, int out_features) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+library.define(
+    "linear(Tensor x, Tensor key, int out_features, bool gated=False) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
 _served: WeakValueDictionary[int, FusedLinear] = WeakValueDictionary()  # by the address of the layer's key
 
 
-def _linear(x: Tensor, key: Tensor, out_features: int) -> Tensor:
-    return _served[key.data_ptr()](x)
+def _linear(x: Tensor, key: Tensor, out_features: int, gated: bool = False) -> Tensor:
+    layer = _served[key.data_ptr()]
+    return layer.gated(x) if gated else layer(x)
 
 
-def _linear_fake(x: Tensor, key: Tensor, out_features: int) -> Tensor:
+def _linear_fake(x: Tensor, key: Tensor, out_features: int, gated: bool = False) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 library.impl("linear", _linear, "CompositeExplicitAutograd")
 torch.library.register_fake("vllm_matgptq::linear", _linear_fake, lib=library)
+
+
+class GateLinears(CustomGraphPass):
+    """`matgptq.inductor.gate_linears` of ``vllm_matgptq::linear``."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Rewrite ``graph`` before it is lowered."""
+        inductor.gate_linears(graph, _gated_call)
+
+    def uuid(self) -> Any:
+        """What compiled code is cached by."""
+        return get_hash_for_files((__file__, inductor.__file__)).hex()  # vLLM writes it as JSON
+
+
+def _gated_call(node: fx.Node, size: int) -> tuple[Any, ...] | None:
+    return (*node.args[:2], size, True) if node.target is torch.ops.vllm_matgptq.linear.default else None
 
 
 class FusedLinear(nn.Module):
@@ -100,6 +123,16 @@ class FusedLinear(nn.Module):
         outputs = [run(x) for run in self.runs]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
+    def gated(self, x: Tensor) -> Tensor:
+        """``silu(first) * second`` of two layers of one size: one call, where they are one."""
+        return self.runs[0](x, gated=True) if self._gates() else silu_and_mul(self(x))
+
+    def _gates(self) -> bool:
+        """Whether the kernels compute `gated` as one."""
+        run = self.runs[0]
+        packed = len(self.runs) == 1 and isinstance(run, PackedLinear)
+        return packed and len(self.sizes) == 2 and self.sizes[0] == self.sizes[1] and self.sizes[0] % TILE == 0
+
     def set_bits(self, bits: Sequence[int]) -> None:
         """Serve the layers at these widths, each of them one of its `widths`: neighbours at one width are one call."""
         self.bits = list(bits)
@@ -121,7 +154,8 @@ class FusedLinear(nn.Module):
     def warm_up(self, tokens: Iterable[int]) -> None:
         """Compile and load the kernels for these numbers of tokens."""
         runs = [run for run in self.runs if isinstance(run, PackedLinear) and run.planes.is_cuda]
-        problems = {run.problem(m) for run in runs for m in tokens} - _warm
+        kinds = (False, True) if self._gates() else (False,)
+        problems = {run.problem(m, gated) for run in runs for m in tokens for gated in kinds} - _warm
         if problems:
             warmup(problems, runs[0].planes.device)
             _warm.update(problems)
@@ -242,7 +276,7 @@ class MatGPTQLinearMethod(LinearMethodBase):
             )
         self.dtype = params_dtype
         vllm_config = get_current_vllm_config()
-        overlap_launches(vllm_config)
+        set_compile_options(vllm_config)
         self.dummy = vllm_config.load_config.load_format == "dummy"
         self.tokens = token_counts(vllm_config)
         for suffix, dtype in SUFFIXES.items():
@@ -321,11 +355,15 @@ def check_cut(name: str, in_features: int, part: int, group_size: int) -> None:
         )
 
 
-def overlap_launches(vllm_config: Any) -> None:
-    """Have the kernels that vLLM compiles overlap with ours (`matgptq.overlap`), unless the user has set the option."""
+def set_compile_options(vllm_config: Any) -> None:
+    """Have vLLM's compiler call `gate_linears`, and its kernels overlap with ours (`matgptq.overlap`).
+
+    Options that the user has set stay.
+    """
+    options: dict[str, Any] = vllm_config.compilation_config.inductor_compile_config
+    options.setdefault(inductor.PASS_OPTION, GateLinears())
     if not current_platform.is_cuda() or torch.cuda.get_device_capability()[0] < 9:
         return
-    options: dict[str, Any] = vllm_config.compilation_config.inductor_compile_config
     if OPTION not in options and SCHEDULER_OPTION not in options:
         options |= {OPTION: True, SCHEDULER_OPTION: WaitFirst()}
 

@@ -103,6 +103,14 @@ struct BFloat {
   }
 };
 
+// Pairs of silu(gate) * up, silu(v) = v / (1 + exp(-v)); both results are rounded, as the two ops' would be.
+template <typename T>
+__device__ __forceinline__ uint32_t gated(uint32_t gate, uint32_t up) {
+  auto silu = [](float v) { return v / (1 + __expf(-v)); };
+  const uint32_t gated = T::from_floats(silu(T::to_float(uint16_t(gate))), silu(T::to_float(uint16_t(gate >> 16))));
+  return T::fma2(gated, up, 0x80008000u);  // plus -0: older GPUs cannot multiply pairs of bfloat16
+}
+
 // A pair of the integer `value` (0 < value <= 2^(mantissa bits + 1)) in number format T.
 template <typename T>
 __host__ __device__ constexpr uint32_t packed_integer(int value, bool negative = false) {

@@ -13,11 +13,11 @@ import torch
 from . import hopper, nvrtc
 from .hopper import HopperConfig
 from .problem import TILE, Problem
-from .tiles import AnyConfig, Config, architecture, defines, grid, inbox_offset, shared_bytes
+from .tiles import AnyConfig, Config, Gate, architecture, defines, gate_follows, grid, inbox_offset, shared_bytes
 
-_KERNEL = b"matgptq_linear"
 _PARAMS = struct.Struct("6Q10if4x")  # linear.cu, Params
 _HOPPER = struct.Struct("128s5Q10ifi2Q3i12x")  # hopper.cu, Params
+_GATE = struct.Struct("6Q2i")  # gate.cu, Params
 _MANY_MAPS = 1024  # tensor maps that a launcher keeps
 _TICKET = int.from_bytes(os.urandom(8), "little") | 1  # hopper.cu, Params: a number that memory does not hold by chance
 _ALONE = (0, 0, 0, 0, 0, 0)  # hopper.cu, Params, of tiles that blocks do not share
@@ -30,7 +30,9 @@ class LaunchError(RuntimeError):
 
 
 def make_launcher(problem: Problem, config: AnyConfig, device: int, programmatic: bool = True) -> "Launcher":
-    """The launcher of a tile's kernel."""
+    """The launcher of a tile's kernel; of two, where only the problem is gated."""
+    if gate_follows(problem, config):
+        return GateLauncher(make_launcher(problem.layer, config, device, programmatic), problem, device, programmatic)
     if isinstance(config, HopperConfig):
         return HopperLauncher(problem, config, device, programmatic)
     return Launcher(problem, config, device, programmatic)
@@ -38,7 +40,10 @@ def make_launcher(problem: Problem, config: AnyConfig, device: int, programmatic
 
 def compile_tiles(tiles: Iterable[tuple[Problem, AnyConfig]]) -> int:
     """Compiles in parallel what kernels of ``tiles`` the cache does not hold yet; returns how many kernels they are."""
-    variants = {(tuple(defines(p, c).items()), architecture(p, c)) for p, c in tiles}
+    variants = set()
+    for p, c in tiles:
+        kernels = (c, Gate()) if gate_follows(p, c) else (c,)
+        variants |= {(tuple(defines(p, kernel).items()), architecture(p, kernel)) for kernel in kernels}
     nvrtc.load_cubins((dict(macros), arch) for macros, arch in sorted(variants))
     return len(variants)
 
@@ -54,7 +59,9 @@ class Launcher:
         self._constants = (*_sizes(problem), *splits, _shift(problem))
         self._splits, _, self._row_blocks = grid(problem, config)
 
-    def _prepare(self, problem: Problem, config: AnyConfig, shared: int, device: int, programmatic: bool) -> None:
+    def _prepare(
+        self, problem: Problem, config: AnyConfig | Gate, shared: int, device: int, programmatic: bool
+    ) -> None:
         driver = _driver()
         self.problem, self._shared = problem, shared
         self._threads, self._tokens = config.threads, config.tokens
@@ -154,6 +161,29 @@ class HopperLauncher(Launcher):
         return clusters * config.cluster, 1, 1
 
 
+class GateLauncher(Launcher):
+    """A layer's kernel, and gate.cu after it."""
+
+    _pack = _GATE.pack_into
+
+    def __init__(self, layer: Launcher, problem: Problem, device: int, programmatic: bool = True):
+        self._prepare(problem, Gate(), 0, device, programmatic)
+        self._layer, self._device = layer, device
+        self._constants = (problem.N,)
+
+    def __call__(
+        self, stream: int, M: int, x: Any, planes: int, scales: int, zeros: int, bias: int, y: int, *_: int
+    ) -> None:
+        """Launches on ``stream``, the current one; from x to y they are device addresses, 0 for none."""
+        outputs = _room(4 * M * self.problem.N, self._device)
+        self._layer(stream, M, x, planes, scales, zeros, bias, outputs.data_ptr())
+        super().__call__(stream, M, outputs.data_ptr(), 0, 0, 0, 0, y)
+
+    def _blocks(self, token_blocks: int) -> tuple[int, int, int]:
+        outputs = token_blocks * self._tokens * self.problem.N
+        return -(-outputs // (8 * self._threads)), 1, 1
+
+
 def _room(size: int, device: int) -> torch.Tensor:
     """Memory that the current stream, or the graph being captured, has alone: its next kernels may have it again."""
     return torch.empty(size, dtype=torch.uint8, device=device)
@@ -191,7 +221,8 @@ def _load(macros: tuple[tuple[str, str], ...], arch: str, device: int) -> Any:
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # the context exists
         module = _check(_driver().cuModuleLoadData(cubin))
-        return _check(_driver().cuModuleGetFunction(module, _KERNEL))
+        name = b"matgptq_gate" if dict(macros)["KERNEL"] == "gate" else b"matgptq_linear"
+        return _check(_driver().cuModuleGetFunction(module, name))
 
 
 def _shared_of(function: Any) -> int:

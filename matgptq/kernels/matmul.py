@@ -32,6 +32,7 @@ def matmul(
     out_features: int,
     rule: str = "round",
     resident: bool = False,
+    gated: bool = False,
 ) -> torch.Tensor:
     """``y = x W^T + bias`` with ``W = scale * (level - zero)``, level the ``bits``-bit slice's.
 
@@ -44,6 +45,8 @@ def matmul(
         bias: (out_features,), x's dtype, or None.
         group_size: a multiple of 16 that divides in_features, or -1 for one group a row.
         rule: "round" or "prefix". A resident "round" slice reads one plane more than ``bits`` (not at 8).
+        gated: weights, scales, zeros and bias are those of two layers of out_features (a multiple of 64), one after the
+            other, and the result is ``silu(first) * second``, from results of theirs in x's dtype.
 
     Runs on the current stream without synchronising. Weights, scales, zeros and bias must not be written by a kernel
     that may still run: the one launched just before, and others if that one lets its successor start before it waits.
@@ -51,7 +54,7 @@ def matmul(
 
     Raises ValueError for arguments that break these rules.
     """
-    call = bind(bits, group_size, in_features, out_features, rule, resident)
+    call = bind(bits, group_size, in_features, out_features, rule, resident, gated)
     return call(x, planes, scales, zeros, bias)
 
 
@@ -62,8 +65,10 @@ class BoundMatmul:
     in all, so that every look-up counts.
     """
 
-    def __init__(self, bits: int, group_size: int, in_features: int, out_features: int, rule: str, resident: bool):
-        self._constants = (out_features, in_features, bits, group_size, rule, resident)
+    def __init__(
+        self, bits: int, group_size: int, in_features: int, out_features: int, rule: str, resident: bool, gated: bool
+    ):
+        self._constants = (out_features, in_features, bits, group_size, rule, resident, gated)
         self._launchers: dict[tuple[int, torch.dtype, bool, int], Launcher] = {}
         self._plans: dict[tuple[torch.Size, torch.dtype, bool, int], Plan] = {}
 
@@ -119,17 +124,23 @@ class BoundMatmul:
         """Compile and load the kernel for ``M`` tokens, a `bucket`, on the device ``index``."""
         key = (M, dtype, zeros, index)
         if key not in self._launchers:
-            N, K, bits, group_size, rule, resident = self._constants
-            self._launchers[key] = _launcher(M, N, K, bits, dtype, group_size, rule, resident, zeros, index)
+            N, K, bits, group_size, rule, resident, gated = self._constants
+            self._launchers[key] = _launcher(M, N, K, bits, dtype, group_size, rule, resident, zeros, gated, index)
         return self._launchers[key]
 
 
 @cache
 def bind(
-    bits: int, group_size: int, in_features: int, out_features: int, rule: str = "round", resident: bool = False
+    bits: int,
+    group_size: int,
+    in_features: int,
+    out_features: int,
+    rule: str = "round",
+    resident: bool = False,
+    gated: bool = False,
 ) -> BoundMatmul:
     """`matmul` with these arguments bound; the same object for the same arguments."""
-    return BoundMatmul(bits, group_size, in_features, out_features, rule, resident)
+    return BoundMatmul(bits, group_size, in_features, out_features, rule, resident, gated)
 
 
 def warmup(problems: Iterable[Problem], device: torch.device | str | int = "cuda") -> None:
@@ -140,7 +151,7 @@ def warmup(problems: Iterable[Problem], device: torch.device | str | int = "cuda
     compile_tiles((p, choose(p)) for p in problems)
     names = {name: dtype for dtype, name in _DTYPES.items()}
     for p in problems:
-        call = bind(p.bits, p.group_size, p.K, p.N, p.rule, p.resident)
+        call = bind(p.bits, p.group_size, p.K, p.N, p.rule, p.resident, p.gated)
         call.load(p.M, names[p.dtype], p.zeros, index)
 
 
@@ -167,13 +178,14 @@ def _launcher(
     rule: str,
     resident: bool,
     zeros: bool,
+    gated: bool,
     index: int,
 ) -> Launcher:
     if index < 0:
         raise ValueError("x must be on a CUDA device, got the CPU")
     major, minor = torch.cuda.get_device_capability(index)
     name = _DTYPES.get(dtype, str(dtype))
-    problem = Problem(max(M, 1), N, K, bits, name, group_size, resident, rule, zeros, 10 * major + minor)
+    problem = Problem(max(M, 1), N, K, bits, name, group_size, resident, rule, zeros, 10 * major + minor, gated)
     able, reason = can_implement(problem)
     if not able:
         raise ValueError(reason)
@@ -189,12 +201,13 @@ def _check_operands(
     p: Problem,
 ) -> None:
     """Raises what is wrong with the operands of a call, if anything."""
-    shape = (p.row_tiles, p.groups, TILE)
+    row_tiles = p.layer.row_tiles
+    shape = (row_tiles, p.groups, TILE)
     for name, tensor, dtype, wanted in (
-        ("planes", planes, torch.int32, (p.row_tiles, p.k_tiles, p.stored, 32, 4)),
+        ("planes", planes, torch.int32, (row_tiles, p.k_tiles, p.stored, 32, 4)),
         ("scales", scales, x.dtype, shape),
         ("zeros", zeros, torch.float32, shape),
-        ("bias", bias, x.dtype, (p.N,)),
+        ("bias", bias, x.dtype, (p.layer.N,)),
     ):
         if tensor is None:
             continue

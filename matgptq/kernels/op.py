@@ -18,7 +18,7 @@ from .packing import TILE, follows, joined, unpack, unpack_scales
 
 library.define(
     "packed_linear(Tensor x, Tensor planes, Tensor scales, Tensor? zeros, Tensor? bias, int in_features, "
-    "int out_features, int bits, int group_size, str rule, bool resident) -> Tensor",
+    "int out_features, int bits, int group_size, str rule, bool resident, bool gated=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.define(
@@ -28,7 +28,7 @@ library.define(
 )
 library.define(
     "packed_linears_at(Tensor x, Tensor[] planes, Tensor[] scales, Tensor[] zeros, Tensor[] biases, Tensor[] widths, "
-    "int in_features, int[] out_features, int group_size, str rule, bool resident) -> Tensor",
+    "int in_features, int[] out_features, int group_size, str rule, bool resident, bool gated=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -46,6 +46,7 @@ def packed_linear(
     group_size: int,
     rule: str = "round",
     resident: bool = False,
+    gated: bool = False,
 ) -> Tensor:
     """`linear` with weights, scales and zeros in the kernels' layout (`matgptq.kernels.packing`).
 
@@ -60,6 +61,8 @@ def packed_linear(
         group_size: weights along in_features that share a scale, -1 for one group a row.
         rule: slicing rule.
         resident: all eight planes are there, and the slice is taken here.
+        gated: planes, scales, zeros and bias are those of two layers of ``out_features``, a multiple of 64, one after
+            the other; the result is ``silu(first) * second`` of theirs (SwiGLU, arXiv 2002.05202).
 
     Returns:
         ``(..., out_features)`` in the type of ``x``; sums are float32.
@@ -71,9 +74,10 @@ def packed_linear(
     op is called wherever something might want to see it (`_is_eager`).
     """
     if x.is_cuda and _is_eager(x):
-        return bind(bits, group_size, in_features, out_features, rule, resident)(x, planes, scales, zeros, bias)
+        call = bind(bits, group_size, in_features, out_features, rule, resident, gated)
+        return call(x, planes, scales, zeros, bias)
     return torch.ops.matgptq.packed_linear(
-        x, planes, scales, zeros, bias, in_features, out_features, bits, group_size, rule, resident
+        x, planes, scales, zeros, bias, in_features, out_features, bits, group_size, rule, resident, gated
     )
 
 
@@ -180,11 +184,14 @@ def _packed_linears_at(
     group_size: int,
     rule: str,
     resident: bool,
+    gated: bool = False,
 ) -> Tensor:
     """`packed_linear_at` of several layers: ``(..., sum(out_features))``, one after another.
 
     Neighbours that lie one after another in memory and are served at one width are one call of the kernel. ``scales``
     are as many of each layer, layer by layer; ``zeros`` and ``biases`` are one of each layer, or none.
+
+    Where ``gated``, the layers are two of one size, and the result is ``silu(first) * second``.
     """
     served = [width.tolist() for width in widths]
     each = len(scales) // len(planes)
@@ -199,6 +206,7 @@ def _packed_linears_at(
         )
 
     starts = [i for i in range(len(planes)) if i == 0 or not is_next(i)]
+    as_one = gated and len(starts) == 1
     outputs = []
     for start, stop in itertools.pairwise([*starts, len(planes)]):
         parts = [joined(tensors[start:stop]) if tensors else None for tensors in operands]
@@ -207,14 +215,23 @@ def _packed_linears_at(
                 x,
                 *parts,  # type: ignore[arg-type]
                 in_features=in_features,
-                out_features=sum(out_features[start:stop]),
+                out_features=out_features[0] if as_one else sum(out_features[start:stop]),
                 bits=served[start][0],
                 group_size=group_size,
                 rule=rule,
                 resident=resident,
+                gated=as_one,
             )
         )
+    if gated and not as_one:
+        return silu_and_mul(torch.cat(outputs, -1))  # a width each
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+def silu_and_mul(y: Tensor) -> Tensor:
+    """``silu(y[..., :N]) * y[..., N:]`` of ``(..., 2 N)``."""
+    gate, up = y.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
 
 
 def _packed_linears_at_fake(
@@ -226,9 +243,12 @@ def _packed_linears_at_fake(
     widths: list[Tensor],
     in_features: int,
     out_features: list[int],
-    *rest: int | str | bool,
+    group_size: int,
+    rule: str,
+    resident: bool,
+    gated: bool = False,
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], sum(out_features))
+    return x.new_empty(*x.shape[:-1], out_features[0] if gated else sum(out_features))
 
 
 def _packed_linear_cpu(
@@ -243,13 +263,16 @@ def _packed_linear_cpu(
     group_size: int,
     rule: str,
     resident: bool,
+    gated: bool = False,
 ) -> Tensor:
     """By way of the stored layout: for tests, and for a packed model on a machine without a GPU."""
-    codes = unpack(planes, out_features, in_features)
+    rows = 2 * out_features if gated else out_features
+    codes = unpack(planes, rows, in_features)
     if not resident:
         codes <<= MAX_BITS - bits
-    unit_zeros = None if zeros is None else unpack_scales(zeros, out_features)
-    return linear_by_pieces(x, codes, unpack_scales(scales, out_features), unit_zeros, bias, bits, group_size, rule)
+    unit_zeros = None if zeros is None else unpack_scales(zeros, rows)
+    y = linear_by_pieces(x, codes, unpack_scales(scales, rows), unit_zeros, bias, bits, group_size, rule)
+    return silu_and_mul(y) if gated else y
 
 
 def _packed_linear_cuda(
@@ -264,8 +287,9 @@ def _packed_linear_cuda(
     group_size: int,
     rule: str,
     resident: bool,
+    gated: bool = False,
 ) -> Tensor:
-    return bind(bits, group_size, in_features, out_features, rule, resident)(x, planes, scales, zeros, bias)
+    return bind(bits, group_size, in_features, out_features, rule, resident, gated)(x, planes, scales, zeros, bias)
 
 
 def _packed_linear_fake(

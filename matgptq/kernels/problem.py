@@ -1,6 +1,6 @@
 """What a call asks of the kernels: sizes and formats."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TILE = 64  # rows and k of a weight tile, packing.TILE
 
@@ -10,7 +10,8 @@ class Problem:
     """One call: ``M`` tokens, ``N`` out_features, ``K`` in_features, served at ``bits``.
 
     ``dtype`` is "float16" or "bfloat16"; ``group_size`` -1 is one group a row; ``resident``: the weights are held as
-    8-bit planes; ``zeros``: there is a zeros tensor (else 128); ``sm`` is 10 * major + minor.
+    8-bit planes; ``zeros``: there is a zeros tensor (else 128); ``sm`` is 10 * major + minor; ``gated``: the weights
+    are those of two layers of N rows, one after the other, and the outputs ``silu(first) * second``.
     """
 
     M: int
@@ -23,6 +24,7 @@ class Problem:
     rule: str = "round"
     zeros: bool = False
     sm: int = 90
+    gated: bool = False
 
     @property
     def rounds(self) -> bool:
@@ -55,6 +57,11 @@ class Problem:
         return -(-self.N // TILE)
 
     @property
+    def layer(self) -> "Problem":
+        """The same weights as one layer, whose outputs are not gated yet."""
+        return replace(self, N=2 * self.N, gated=False) if self.gated else self
+
+    @property
     def groups(self) -> int:
         """Scales a row."""
         return 1 if self.group_size == -1 else self.K // self.group_size
@@ -80,6 +87,8 @@ def can_implement(problem: Problem) -> tuple[bool, str]:
         return False, f"in_features must be a positive multiple of 16, got {p.K}"
     if p.N < 1:
         return False, f"out_features must be positive, got {p.N}"
+    if p.gated and p.N % TILE:
+        return False, f"out_features must be a multiple of {TILE} in a gated layer, got {p.N}"
     if p.group_size != -1 and (p.group_size < 16 or p.group_size % 16 or p.K % p.group_size):
         return False, f"group_size must be -1 or a multiple of 16 that divides in_features {p.K}, got {p.group_size}"
     return True, ""

@@ -5,6 +5,9 @@
 //     level   = S << (8-bits)                      (rule round)
 //             = (S + 1/2) * 2^(8-bits) - 1/2       (rule prefix; S for 8 bits)
 //
+// GATED: the weights are those of two layers of N rows, one after the other, and y = silu(first) * second, their results being
+// rounded to FORMAT as if they had been stored. A block has as many row tiles of one as of the other.
+//
 // Weight layout: planes[row tile][k tile][plane][lane][4 words], 64 rows x 64 k to a tile, 512 bytes a plane and tile;
 // word r of a lane belongs to the tile's rows 16r .. 16r+15 (decode.cuh has the bits). With lane = 4g + t a lane holds rows
 // 16r + g and 16r + 8 + g, and of every 16 k the four that are its part of an A operand: 2t, 2t + 1, 2t + 8, 2t + 9.
@@ -28,6 +31,7 @@
 //   TOKEN_TILES  8-token tiles that a block of linear.cu computes
 //   ROW_TILES    64-row tiles a warp;  K_TILES  k tiles a turn, 1 or 2;  WARPS_N, WARPS_K  warps along rows and along k
 //   STAGES       turns a warp has in flight;  BLOCKS  blocks an SM the registers must allow
+//   GATED        1: see above; N is then a multiple of 64, and WARPS_N * ROW_TILES even
 #pragma once
 #include "decode.cuh"
 
@@ -36,6 +40,9 @@ using T = FORMAT;
 constexpr int kPlanes = BITS + ROUND;
 constexpr int kWarps = WARPS_N * WARPS_K, kThreads = 32 * kWarps;
 constexpr int kBlockTiles = WARPS_N * ROW_TILES, kRows = 64 * kBlockTiles;
+constexpr int kHalves = GATED ? 2 : 1;  // layers that an output takes a sum of
+constexpr int kOutputTiles = kBlockTiles / kHalves, kOutputs = kRows / kHalves;
+static_assert(kBlockTiles % kHalves == 0);
 constexpr int kPitch = kRows + 4;    // of a token's partial sums: the lanes of a store hit 32 banks
 constexpr int kTurn = 64 * K_TILES;  // k of a turn
 // Parts of a turn that share a scale for certain.
@@ -48,7 +55,7 @@ constexpr int kRingBytes = kWarps * STAGES * kStageBytes;
 
 struct Params {
   const uint16_t* x;       // (M, K), 16-byte aligned
-  const uint4* planes;     // (row_tiles, k_tiles, stored, 32 lanes) of 16 bytes
+  const uint4* planes;     // (row_tiles, k_tiles, stored, 32 lanes) of 16 bytes; these and what follows twice if GATED
   const uint4* scales;     // (row_tiles, groups, 64) of FORMAT
   const uint4* zeros;      // (row_tiles, groups, 64) of float, SHIFT 2
   const uint16_t* bias;    // (N,) or null
@@ -109,7 +116,7 @@ struct Place {
     warp_n = warp % WARPS_N, warp_k = warp / WARPS_N;
     split = blockIdx.x, splits = gridDim.x;
     first_token = blockIdx.y * most_tokens, tokens = min(most_tokens, p.M - first_token);
-    first_row = blockIdx.z * kRows;
+    first_row = blockIdx.z * kOutputs;
     k_begin = split * p.split_tiles, k_end = min(k_begin + p.split_tiles, p.k_tiles);
   }
 };
@@ -127,7 +134,9 @@ struct Ring {
         address(uint32_t(__cvta_generic_to_shared(slots))) {
 #pragma unroll
     for (int i = 0; i < ROW_TILES; ++i) {
-      const size_t row_tile = min(int(blockIdx.z * kBlockTiles) + at.warp_n * ROW_TILES + i, p.row_tiles - 1);
+      const int tile = at.warp_n * ROW_TILES + i;  // of the block
+      const size_t row_tile =
+          min(int(blockIdx.z * kOutputTiles) + tile % kOutputTiles, p.row_tiles - 1) + tile / kOutputTiles * p.row_tiles;
       planes[i] = p.planes + (row_tile * p.k_tiles + at.k_begin + at.warp_k * K_TILES) * p.stored * 32 + at.lane;
       scales[i] = p.scales + row_tile * p.groups * 8 + at.g;
       zeros[i] = p.zeros + row_tile * p.groups * 16 + 2 * at.g;
@@ -171,19 +180,20 @@ __device__ __forceinline__ int next_stage(int stage_offset) {
   return stage_offset == (STAGES - 1) * kStageBytes ? 0 : stage_offset + kStageBytes;
 }
 
-// The blocks of a cluster each finish a share of the outputs: the others' sums of it come to a block's inbox, [split][share] in
-// its shared memory, behind a barrier that counts the bytes.
-__device__ __forceinline__ int share_of(const Place& at) { return (at.tokens * kRows + at.splits - 1) / at.splits; }
+// The blocks of a cluster each finish a share of the outputs: the others' sums of it come to a block's inbox, [split][half][share]
+// in its shared memory, behind a barrier that counts the bytes.
+__device__ __forceinline__ int share_of(const Place& at) { return (at.tokens * kOutputs + at.splits - 1) / at.splits; }
 
 // Opens the inbox. All blocks of a cluster have opened theirs after wait_for_cluster().
 __device__ __forceinline__ void open_inbox(const Params& p, const Place& at, unsigned char* shared) {
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x == 0) {
-    const int share = share_of(at), own = max(min(at.tokens * kRows - at.split * share, share), 0);
+    const int share = share_of(at), own = max(min(at.tokens * kOutputs - at.split * share, share), 0);
     const uint32_t barrier = uint32_t(__cvta_generic_to_shared(shared + p.inbox));
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(at.splits * own * 4) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(at.splits * kHalves * own * 4)
+                 : "memory");
   }
   __syncwarp();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -220,34 +230,47 @@ __device__ __forceinline__ void wait_for_inbox(uint32_t barrier) {
 // Adds up partial sums, [warp_k][most_tokens][row] from the start of shared memory, of the block's warps and of the cluster's
 // blocks, and stores y: `unit` times the sums.
 __device__ __forceinline__ void finish(const Params& p, const Place& at, unsigned char* shared, int most_tokens, float unit) {
-  auto store = [&](int i, float sum) {
-    const int token = i / kRows, n = at.first_row + i % kRows;
+  auto store = [&](int i, const float (&sums)[kHalves]) {
+    const int token = i / kOutputs, n = at.first_row + i % kOutputs;
     if (n >= p.N) return;
-    sum *= unit;
-    if (p.bias) sum += T::to_float(p.bias[n]);
-    p.y[size_t(at.first_token + token) * p.N + n] = T::from_float(sum);
+    uint16_t y[kHalves];
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      float sum = sums[half] * unit;
+      if (p.bias) sum += T::to_float(p.bias[n + half * p.N]);
+      y[half] = T::from_float(sum);
+    }
+    if constexpr (GATED) y[0] = uint16_t(gated<T>(y[0], y[1]));
+    p.y[size_t(at.first_token + token) * p.N + n] = y[0];
   };
   const float* const partial = reinterpret_cast<float*>(shared);
-  const int outputs = at.tokens * kRows, share = share_of(at);
+  const int outputs = at.tokens * kOutputs, share = share_of(at);
   const float* const inbox = reinterpret_cast<float*>(shared + p.inbox + 16);
   const uint32_t barrier = uint32_t(__cvta_generic_to_shared(shared)) + p.inbox;
   if (at.splits > 1) wait_for_cluster();
   for (int i = threadIdx.x; i < outputs; i += kThreads) {
-    float sum = 0;
+    float sums[kHalves] = {};
 #pragma unroll
-    for (int k = 0; k < WARPS_K; ++k) sum += partial[(k * most_tokens + i / kRows) * kPitch + i % kRows];
+    for (int half = 0; half < kHalves; ++half)
+#pragma unroll
+      for (int k = 0; k < WARPS_K; ++k)
+        sums[half] += partial[(k * most_tokens + i / kOutputs) * kPitch + half * kOutputs + i % kOutputs];
     if (at.splits == 1) {
-      store(i, sum);
+      store(i, sums);
     } else {
       const int owner = unsigned(i) / unsigned(share);
-      send(owner, barrier, barrier + 16 + (at.split * share + i - owner * share) * 4, sum);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half)
+        send(owner, barrier, barrier + 16 + ((at.split * kHalves + half) * share + i - owner * share) * 4, sums[half]);
     }
   }
   if (at.splits == 1) return;
   wait_for_inbox(barrier);
   for (int i = threadIdx.x; i < share && at.split * share + i < outputs; i += kThreads) {
-    float sum = 0;
-    for (int k = 0; k < at.splits; ++k) sum += inbox[k * share + i];
-    store(at.split * share + i, sum);
+    float sums[kHalves] = {};
+    for (int k = 0; k < at.splits; ++k)
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) sums[half] += inbox[(k * kHalves + half) * share + i];
+    store(at.split * share + i, sums);
   }
 }

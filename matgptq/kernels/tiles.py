@@ -3,6 +3,7 @@
 ``choose(problem)`` is pure and total over what ``can_implement`` accepts. Thresholds name their GPU and date.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,7 @@ class Config:
     splits: int
     chunk_tiles: int
     few: bool = False
+    gated: bool = False
 
     @property
     def threads(self) -> int:
@@ -41,6 +43,11 @@ class Config:
     def rows(self) -> int:
         """Weight rows of a block."""
         return TILE * self.warps_n * self.row_tiles
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of a block and token."""
+        return self.rows // 2 if self.gated else self.rows
 
     @property
     def tokens(self) -> int:
@@ -58,13 +65,30 @@ class Config:
         return -(-turns // self.splits) * self.turn_tiles
 
 
+@dataclass(frozen=True)
+class Gate:
+    """gate.cu, after a kernel whose tile is not gated; it has nothing to choose."""
+
+    threads: int = 256
+    tokens: int = 16
+    cluster: int = 1
+
+
 AnyConfig = Config | HopperConfig
 
 
-def defines(problem: Problem, config: AnyConfig) -> dict[str, str]:
+def gate_follows(problem: Problem, config: AnyConfig) -> bool:
+    """Whether a gated problem's tile computes its layer, so that `Gate` is to follow."""
+    return problem.gated and not (isinstance(config, Config) and config.gated)
+
+
+def defines(problem: Problem, config: AnyConfig | Gate) -> dict[str, str]:
     """The macros that a kernel is compiled with; KERNEL names its source."""
+    number = {"FORMAT": "Half" if problem.dtype == "float16" else "BFloat"}
+    if isinstance(config, Gate):
+        return {"KERNEL": "gate", **number}
     of_problem = {
-        "FORMAT": "Half" if problem.dtype == "float16" else "BFloat",
+        **number,
         "BITS": str(problem.bits),
         "ROUND": str(int(problem.rounds)),
         "SHIFT": str(problem.shift),
@@ -82,10 +106,11 @@ def defines(problem: Problem, config: AnyConfig) -> dict[str, str]:
         "WARPS_K": str(config.warps_k),
         "STAGES": str(config.stages),
         "BLOCKS": str(config.blocks),
+        "GATED": str(int(config.gated)),
     }
 
 
-def architecture(problem: Problem, config: AnyConfig) -> str:
+def architecture(problem: Problem, config: AnyConfig | Gate) -> str:
     """What a kernel is compiled for."""
     return f"sm_{problem.sm}a" if isinstance(config, HopperConfig) else f"sm_{problem.sm}"
 
@@ -106,13 +131,14 @@ def inbox_offset(problem: Problem, config: Config) -> int:
 def shared_bytes(problem: Problem, config: Config) -> int:
     """Dynamic shared memory of a block; its inbox takes partial sums of its share from each block of the cluster, and a
     barrier."""
-    share = -(-min(problem.M, config.tokens) * config.rows // config.splits)
-    return inbox_offset(problem, config) + (16 + 4 * config.splits * share if config.splits > 1 else 0)
+    share = -(-min(problem.M, config.tokens) * config.outputs // config.splits)
+    sums = share * (2 if config.gated else 1)
+    return inbox_offset(problem, config) + (16 + 4 * config.splits * sums if config.splits > 1 else 0)
 
 
 def grid(problem: Problem, config: Config) -> tuple[int, int, int]:
     """Blocks: k splits (one cluster), token tiles, row blocks."""
-    return config.splits, -(-problem.M // config.tokens), -(-problem.N // config.rows)
+    return config.splits, -(-problem.M // config.tokens), -(-problem.N // config.outputs)
 
 
 def supports(config: AnyConfig, problem: Problem) -> bool:
@@ -125,6 +151,7 @@ def supports(config: AnyConfig, problem: Problem) -> bool:
     return (
         shared_bytes(problem, config) <= limit
         and config.chunk_tiles % turn_of_all == 0
+        and (not config.gated or (problem.gated and config.warps_n * config.row_tiles % 2 == 0))
         and _chunk_fits(config, problem)
         and 1 <= config.splits <= (MAX_SPLITS if problem.sm >= 90 else 1)
         and (config.splits - 1) * split_tiles < problem.k_tiles  # no block without work
@@ -141,11 +168,36 @@ def _chunk_fits(config: Config, problem: Problem) -> bool:
 
 
 def choose(problem: Problem) -> AnyConfig:
-    """The tile, and with it the kernel, for a problem; raises ValueError for one that ``can_implement`` refuses."""
+    """The tile, and with it the kernel, for a problem; raises ValueError for one that ``can_implement`` refuses.
+
+    A gated problem may get a tile that is not: one for its ``layer``, which `Gate` follows.
+    """
     able, reason = can_implement(problem)
     if not able:
         raise ValueError(reason)
-    return hopper.choose(problem) or few_choice(problem) or linear_choice(problem)
+    layer = problem.layer
+    config = hopper.choose(layer) or few_choice(layer) or linear_choice(layer)
+    if isinstance(config, HopperConfig) or not problem.gated:
+        return config
+    return gated_choice(problem, config) or config
+
+
+def gated_choice(problem: Problem, config: Config) -> Config | None:
+    """A tile of the layer's as one with row tiles of both layers: where it has but one, half as many warps share its k.
+
+    None where it does not fit, or where so few more blocks than SMs would take longer than `Gate`: of 10 shapes on an
+    H200 (2026-11-23, bfloat16, 2 to 8 bits, M 1 to 8) 9728 x 2560, 12288 x 4096 and 17408 x 5120 at 8 bits.
+    """
+    config = replace(config, gated=True)
+    if config.warps_n * config.row_tiles % 2:
+        config = replace(config, warps_n=2 * config.warps_n, warps_k=config.warps_k // 2)
+        if not config.warps_k:
+            return None
+        config = with_chunk(problem, config)
+        waves = grid(problem, config)[2] / 132
+        if not config.few and waves > 1 and math.ceil(waves) > 1.25 * waves:
+            return None
+    return config if fits(config, problem) else None
 
 
 def few_choice(problem: Problem) -> Config | None:
