@@ -77,11 +77,19 @@ def test_gated_problems_are_covered(sm):
             assert supports(config, problem.layer)
             continue
         assert config.gated
-        assert fits(config, problem)
+        assert config.rows == 2 * config.outputs
         assert config.rows % 128 == 0
-        assert grid(problem, config)[2] * config.outputs >= N
         assert defines(problem, config)["GATED"] == "1"
-    assert follows < 300  # of 588
+        if isinstance(config, HopperConfig):
+            assert supports(config, problem)
+            assert config.persistent
+        else:
+            assert fits(config, problem)
+            assert grid(problem, config)[2] * config.outputs >= N
+    assert follows < 200  # of 588
+    tiles = [choose(Problem(M, 14336, 4096, 4, gated=True)) for M in (16, 64, 200, 2048)]
+    assert all(tile.gated for tile in tiles)
+    assert [tile.stream_k for tile in tiles] == [False, False, True, False]
     assert gate_follows(Problem(1, 12288, 4096, 8, gated=True), choose(Problem(1, 12288, 4096, 8, gated=True)))
     assert defines(Problem(1, 64, 64, 4, "bfloat16", gated=True), Gate()) == {"KERNEL": "gate", "FORMAT": "BFloat"}
 

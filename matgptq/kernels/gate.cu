@@ -1,7 +1,7 @@
 // y = silu(h[:, :N]) * h[:, N:], the results of two layers, one beside the other, where their kernel has not made y itself (GATED in
 // stream.cuh). A thread has eight outputs.
 //
-// Limits: N a multiple of 8. Compiled by NVRTC with FORMAT, Half | BFloat: h, y.
+// Limits: N a multiple of 8, M * N below 2^35. Compiled by NVRTC with FORMAT, Half | BFloat: h, y.
 #include "decode.cuh"
 
 using T = FORMAT;
@@ -14,13 +14,12 @@ struct Params {
 };
 
 extern "C" __global__ void __launch_bounds__(256) matgptq_gate(const __grid_constant__ Params p) {
-  const unsigned columns = unsigned(p.N) / 8;
-  const size_t i = size_t(blockIdx.x) * 256 + threadIdx.x, token = i / columns;
+  const unsigned columns = unsigned(p.N) / 8, i = blockIdx.x * 256 + threadIdx.x, token = i / columns;
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
 #endif
-  if (token >= p.M) return;
-  const uint4* const from = p.h + i + token * columns;
+  if (token >= unsigned(p.M)) return;
+  const uint4* const from = p.h + i + size_t(token) * columns;
   const uint4 gate = from[0], up = from[columns];
   p.y[i] = make_uint4(gated<T>(gate.x, up.x), gated<T>(gate.y, up.y), gated<T>(gate.z, up.z), gated<T>(gate.w, up.w));
 }

@@ -35,6 +35,7 @@
 //   SPLIT      1: clusters split k
 //   PAIR       1: clusters of two blocks, neighbours along rows, share x
 //   STREAM_K   1: blocks share the turns of `shared_tiles` tiles
+//   GATED      1: as in stream.cuh; ROW_TILES is even then, and row tiles are in turn of the first layer and of the second
 #include "decode.cuh"
 
 using uint64_t = unsigned long long;
@@ -43,6 +44,8 @@ using Decode = Decoder<T, BITS, bool(ROUND), true>;
 
 constexpr int kPlanes = BITS + ROUND;
 constexpr int kSharers = PAIR ? 2 : 1;  // blocks that share x
+constexpr int kHalves = GATED ? 2 : 1;  // layers that an output takes a sum of
+constexpr int kOutputTiles = ROW_TILES / kHalves;
 constexpr int kRowWarps = 4 * ROW_TILES / WORDS;  // consumer warps along rows
 static_assert(kRowWarps % 4 == 0);  // whole warpgroups
 constexpr int kConsumers = 32 * kRowWarps * K_GROUPS, kThreads = kConsumers + 128;
@@ -69,8 +72,10 @@ constexpr int kZerosAt = kScalesAt + kParts * ROW_TILES * 128;
 constexpr int kStageBytes = (kZerosAt + (SHIFT == 2 ? kParts * ROW_TILES * 256 : 0) + 1023) / 1024 * 1024;
 constexpr bool kExchange = K_GROUPS > 1 || SPLIT;  // sums pass through shared memory
 // Else, with many tokens, y does, behind the ring: kPass tokens at a time of the 64 * WORDS rows of a warpgroup.
-constexpr bool kByRows = !kExchange && TOKENS >= 64;
-constexpr int kPass = TOKENS % 64 == 0 ? 64 / WORDS : 32;
+constexpr bool kByRows = !kExchange && (TOKENS >= 64 || GATED);
+constexpr int kPass = TOKENS % 64 == 0 ? 64 / WORDS : TOKENS <= 16 ? 16 : 32;
+constexpr int kReaders = 128 * kHalves / (GATED ? WORDS : 1);  // threads that share what they pass: with GATED, of both layers
+static_assert(!GATED || (ROW_TILES % 2 == 0 && kByRows));
 constexpr int kPassAt = STAGES * kStageBytes, kPassBytes = kPass * WORDS * 128;
 constexpr int kGroupTiles = kTurnTiles / K_GROUPS;      // k tiles of a group of warps and turn
 constexpr int kPieces = kGroupTiles * WORDS;            // of a warp and turn
@@ -87,7 +92,7 @@ struct alignas(64) Params {
   const uint4* zeros;
   const uint16_t* bias;
   uint16_t* y;
-  int M, N, K, row_tiles, k_tiles, stored, groups;
+  int M, N, K, row_tiles, k_tiles, stored, groups;  // GATED: of one layer
   int splits;              // blocks of a cluster
   int split_turns;         // turns of one of them, an even number where a turn is one k tile
   int barriers;            // where in shared memory they are: beyond the ring, or the sums that take its place
@@ -244,7 +249,7 @@ __device__ __forceinline__ void send(int block, uint32_t address, const float (&
       : "r"(address), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier), "r"(block)
       : "memory");
 }
-__device__ __forceinline__ void sync_warpgroup(int barrier) { asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory"); }
+__device__ __forceinline__ void sync_readers(int barrier) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kReaders) : "memory"); }
 __device__ __forceinline__ void wait_for_sent(uint32_t barrier) {
   asm volatile(
       "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n@!done bra AGAIN;\n}"
@@ -276,7 +281,7 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t place) {
 
 // Tiles of a cluster along rows and tokens.
 __device__ __forceinline__ int rows_of_clusters(const Params& p) {
-  return (p.row_tiles + ROW_TILES * kSharers - 1) / (ROW_TILES * kSharers);
+  return (p.row_tiles + kOutputTiles * kSharers - 1) / (kOutputTiles * kSharers);
 }
 __device__ __forceinline__ int token_blocks(const Params& p) { return (p.M + TOKENS - 1) / TOKENS; }
 __device__ __forceinline__ int tiles_of(const Params& p) { return rows_of_clusters(p) * token_blocks(p); }
@@ -341,17 +346,19 @@ struct Source {
 
   __device__ Source(const Params& p, const Tile& tile, int first_turn)
       : k_tile(first_turn * kTurnTiles), token(tile.token_block * TOKENS) {
-    const int row_tile = min(tile.row_block * ROW_TILES, p.row_tiles - 1);
+    const int row_tile = min(tile.row_block * kOutputTiles, p.row_tiles - 1);
     planes = reinterpret_cast<const unsigned char*>(p.planes) + (size_t(row_tile) * p.k_tiles + k_tile) * p.stored * 512;
     scales = reinterpret_cast<const unsigned char*>(p.scales) + size_t(row_tile) * p.groups * 128;
-    last = min(ROW_TILES, p.row_tiles - row_tile) - 1;
+    last = min(kOutputTiles, p.row_tiles - row_tile) - 1;
   }
+  // The row tile that is i-th in the block, from the first.
+  __device__ __forceinline__ int row_tile(const Params& p, int i) const { return min(i / kHalves, last) + i % kHalves * p.row_tiles; }
   __device__ __forceinline__ void fetch_weights(const Params& p, int turn, uint32_t to, uint32_t barrier) const {
     const int first = k_tile + turn * kTurnTiles, there = max(min(p.k_tiles - first, kTurnTiles), 0);
     expect(barrier, kTurnTiles * kBox + there * ROW_TILES * kTileBytes + kParts * ROW_TILES * (SHIFT == 2 ? 384 : 128));
 #pragma unroll
     for (int i = 0; i < ROW_TILES; ++i) {
-      const unsigned char* const from = planes + uint32_t((min(i, last) * p.k_tiles + turn * kTurnTiles) * p.stored) * 512;
+      const unsigned char* const from = planes + uint32_t((row_tile(p, i) * p.k_tiles + turn * kTurnTiles) * p.stored) * 512;
       const uint32_t place = to + kPlanesAt + i * kTurnTiles * kTileBytes;
       if (p.stored == kPlanes) {
         if (there > 0) copy_bulk(place, from, there * kTileBytes, barrier);
@@ -365,7 +372,7 @@ struct Source {
       const int group = GROUP_SIZE ? min((first * 64 + part * kPart) / max(GROUP_SIZE, 1), p.groups - 1) : 0;
 #pragma unroll
       for (int i = 0; i < ROW_TILES; ++i) {
-        const unsigned char* const from = scales + uint32_t(min(i, last) * p.groups + group) * 128;
+        const unsigned char* const from = scales + uint32_t(row_tile(p, i) * p.groups + group) * 128;
         const uint32_t place = to + kScalesAt + (part * ROW_TILES + i) * 128;
         copy_bulk(place, from, 128, barrier);
         if constexpr (SHIFT == 2) {
@@ -645,33 +652,37 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
       if (work.first_turn > 0) collect(p, work.tile * p.split_turns, acc);
     }
 
-    const int first_row = tile.row_block * 64 * ROW_TILES + tile_of_warp * 64 + own_word * 16;
+    const int first_row = (tile.row_block * kOutputTiles + tile_of_warp / kHalves) * 64 + own_word * 16;
     float bias[WORDS][2] = {};
 #pragma unroll
-    for (int i = 0; i < 2 * WORDS; ++i)
-      if (p.bias && first_row + i * 8 + g < p.N) bias[i / 2][i % 2] = T::to_float(p.bias[first_row + i * 8 + g]);
+    for (int i = 0; i < 2 * WORDS; ++i) {
+      const int n = first_row + i * 8 + g;
+      if (p.bias && n < p.N) bias[i / 2][i % 2] = T::to_float(p.bias[tile_of_warp % kHalves * p.N + n]);
+    }
     if constexpr (kByRows) {
       // [row tile][token][64 rows] in shared memory, the 16-byte chunks of a token in an order of its own: lanes hit all banks.
       const int group = row_warp / 4;
-      int thread = threadIdx.x % 128;
+      int thread = threadIdx.x % kReaders;
       asm volatile("" : "+r"(thread));  // what follows from it is not to be kept in registers through the loop above
       // A lane has the address of a token's 8 rows in one of four matrices: rows g and 8 + g of 8 tokens, and of the next 8.
       const int lane_octet = thread % 32 / 16 * 8, lane_half = thread / 8 % 2;
-      unsigned char* const passing = shared + kPassAt + group * kPassBytes;
+      const int readers = group * 128 / kReaders;
+      const unsigned char* const passing = shared + kPassAt + readers * (kReaders / 128) * kPassBytes;
       auto place = [&](int row_tile, int token, int chunk) {
         return ((row_tile * kPass + token) * 8 + (chunk ^ (token % 8))) * 16;
       };
       const int chunk = thread % 8, token = thread / 8;  // that the thread reads
-      const int n = (tile.row_block * ROW_TILES + group * WORDS) * 64 + chunk * 8, m = tile.token_block * TOKENS + token;
+      const int n = (tile.row_block * kOutputTiles + group * WORDS / kHalves) * 64 + chunk * 8, m = tile.token_block * TOKENS + token;
 #pragma unroll
       for (int first = 0; first < TOKENS; first += kPass) {
 #pragma unroll
         for (int r = 0; r < WORDS; ++r) {
 #pragma unroll
           for (int i = 0; i < kPass; i += 16) {
-            uint32_t v[4];
+            uint32_t v[4] = {};
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
+              if (first + i + e / 2 * 8 >= TOKENS) continue;
               const float* const sum = acc[r] + (first + i) / 2 + e * 2;
               v[e] = T::from_floats(sum[0] + bias[r][e % 2], sum[1] + bias[r][e % 2]);
             }
@@ -679,16 +690,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
             store_transposed(ring + kPassAt + group * kPassBytes + to, v);
           }
         }
-        sync_warpgroup(2 + group);
+        sync_readers(2 + readers);
 #pragma unroll
-        for (int i = 0; i < WORDS; ++i) {
+        for (int i = 0; i < (GATED ? 1 : WORDS); ++i) {
 #pragma unroll
-          for (int k = 0; k < kPass; k += 16) {
-            const uint4 v = *reinterpret_cast<const uint4*>(passing + place(i, token + k, chunk));
+          for (int k = 0; k < kPass; k += kReaders / 8) {
+            if (first + k + kReaders / 8 > TOKENS && first + k + token >= TOKENS) continue;
+            uint4 v = *reinterpret_cast<const uint4*>(passing + place(i, token + k, chunk));
+            if constexpr (GATED) {
+              const uint4 up = *reinterpret_cast<const uint4*>(passing + kPass * 128 + place(0, token + k, chunk));
+              v = make_uint4(gated<T>(v.x, up.x), gated<T>(v.y, up.y), gated<T>(v.z, up.z), gated<T>(v.w, up.w));
+            }
             const int rows = p.N - (n + i * 64);  // from here to the end
             if (m + first + k >= p.M || rows <= 0) continue;
             uint16_t* const to = p.y + size_t(m + first + k) * p.N + n + i * 64;
-            if (p.N % 8 == 0) {
+            if (GATED || p.N % 8 == 0) {
               *reinterpret_cast<uint4*>(to) = v;
             } else {
               const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
@@ -698,7 +714,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
             }
           }
         }
-        sync_warpgroup(2 + group);
+        sync_readers(2 + readers);
       }
       continue;
     }

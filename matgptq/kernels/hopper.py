@@ -17,6 +17,7 @@ class HopperConfig:
     """Tile of a launch: hopper.cu's macros, then the blocks of a cluster, which split k.
 
     ``pair``: clusters of two blocks that share x. ``stream_k``: blocks share the k of tiles that do not fill a wave.
+    ``gated``: a block has as many row tiles of one layer as of the other.
     """
 
     row_tiles: int
@@ -27,6 +28,7 @@ class HopperConfig:
     splits: int
     pair: bool = False
     stream_k: bool = False
+    gated: bool = False
 
     @property
     def cluster(self) -> int:
@@ -47,6 +49,11 @@ class HopperConfig:
     def rows(self) -> int:
         """Weight rows of a block."""
         return TILE * self.row_tiles
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of a block and token."""
+        return self.rows // 2 if self.gated else self.rows
 
     @property
     def persistent(self) -> bool:
@@ -79,10 +86,11 @@ def stage_bytes(problem: Problem, config: HopperConfig) -> int:
 
 
 def staged_bytes(config: HopperConfig) -> int:
-    """Shared memory that outputs pass through: 64 tokens of each warpgroup's rows, 32 where it has two row tiles."""
-    if not config.persistent or config.tokens < 64:
+    """Shared memory that outputs pass through: of a warpgroup's rows 64 tokens, 32 where these are two tiles, or less."""
+    if not config.persistent or (config.tokens < 64 and not config.gated):
         return 0
-    return (8192 if config.tokens % 64 == 0 else 4096 * config.words) * config.row_tiles // config.words
+    tokens = 64 // config.words if config.tokens % 64 == 0 else 16 if config.tokens <= 16 else 32
+    return tokens * 2 * config.rows
 
 
 def stages(problem: Problem, config: HopperConfig) -> int:
@@ -118,6 +126,7 @@ def defines(problem: Problem, config: HopperConfig) -> dict[str, str]:
         "SPLIT": str(int(config.splits > 1)),
         "PAIR": str(int(config.pair)),
         "STREAM_K": str(int(config.stream_k)),
+        "GATED": str(int(config.gated)),
     }
 
 
@@ -166,6 +175,10 @@ def supports(config: HopperConfig, problem: Problem) -> bool:
         and 1 <= config.splits <= MAX_SPLITS
         and (not config.pair or (config.persistent and config.tokens >= 64))
         and (not config.stream_k or (config.persistent and not config.pair))
+        and (not config.gated or (problem.gated and config.persistent and config.row_tiles % 2 == 0))
+        # the second layer's weights are found by 32 bits from the first's; zeros take the producer's last registers
+        and (not config.gated or problem.row_tiles * problem.k_tiles * problem.stored < 1 << 22)
+        and not (config.gated and config.stream_k and problem.zeros)
         and (config.splits - 1) * config.split_turns(problem) * config.turn_tiles
         < problem.k_tiles  # no block without work
     )

@@ -126,7 +126,7 @@ class HopperLauncher(Launcher):
         splits = (config.splits, config.split_turns(problem), hopper.barriers_offset(problem, config))
         self._constants = (*_sizes(problem), *splits, _shift(problem), *(() if config.stream_k else _ALONE))
         self._config, self._device = config, device
-        self._clusters = -(-problem.N // (config.rows * (2 if config.pair else 1)))  # along rows
+        self._clusters = -(-problem.N // (config.outputs * (2 if config.pair else 1)))  # along rows
         self._resident = torch.cuda.get_device_properties(device).multi_processor_count * config.blocks
         self._maps: dict[tuple[int, int], bytes] = {}  # (address of x, M) -> tensor map
         self._shares: dict[int, hopper.Shares] = {}  # by token blocks

@@ -79,7 +79,7 @@ AnyConfig = Config | HopperConfig
 
 def gate_follows(problem: Problem, config: AnyConfig) -> bool:
     """Whether a gated problem's tile computes its layer, so that `Gate` is to follow."""
-    return problem.gated and not (isinstance(config, Config) and config.gated)
+    return problem.gated and not config.gated
 
 
 def defines(problem: Problem, config: AnyConfig | Gate) -> dict[str, str]:
@@ -177,18 +177,18 @@ def choose(problem: Problem) -> AnyConfig:
         raise ValueError(reason)
     layer = problem.layer
     config = hopper.choose(layer) or few_choice(layer) or linear_choice(layer)
-    if isinstance(config, HopperConfig) or not problem.gated:
-        return config
-    return gated_choice(problem, config) or config
+    return (gated_choice(problem, config) if problem.gated else None) or config
 
 
-def gated_choice(problem: Problem, config: Config) -> Config | None:
+def gated_choice(problem: Problem, config: AnyConfig) -> AnyConfig | None:
     """A tile of the layer's as one with row tiles of both layers: where it has but one, half as many warps share its k.
 
     None where it does not fit, or where so few more blocks than SMs would take longer than `Gate`: of 10 shapes on an
     H200 (2026-11-23, bfloat16, 2 to 8 bits, M 1 to 8) 9728 x 2560, 12288 x 4096 and 17408 x 5120 at 8 bits.
     """
     config = replace(config, gated=True)
+    if isinstance(config, HopperConfig):
+        return config if supports(config, problem) else None
     if config.warps_n * config.row_tiles % 2:
         config = replace(config, warps_n=2 * config.warps_n, warps_k=config.warps_k // 2)
         if not config.warps_k:
