@@ -51,13 +51,16 @@ CASES = [  # bits, M, N, K, group_size, zeros, resident
 ]
 
 
-GATED = [  # few.cu, linear.cu by one block and by two of a cluster, a tile that is halved, gate.cu
+GATED = [  # few.cu, linear.cu by one block and by two of a cluster, a tile that is halved, gate.cu, hopper.cu
     (4, 1, 1024, 1024, 128, False, False),
     (3, 2, 192, 4096, 64, True, True),
     (2, 6, 8320, 512, 128, False, False),
     (4, 5, 192, 1024, 128, False, True),
     (8, 1, 14336, 256, 128, False, False),
     (4, 20, 192, 1024, 128, False, False),
+    (4, 20, 14336, 256, 128, False, False),
+    (2, 60, 14336, 256, 128, False, True),
+    (4, 180, 9728, 512, 128, False, False),
 ]
 
 SHARE_K, PAIR = {"stream_k": True}, {"pair": True}

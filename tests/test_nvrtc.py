@@ -64,6 +64,18 @@ def test_variants_compile_without_spills(arch, compilers):
     check_logs(variants, compilers)
 
 
+def test_tiles_of_models_compile_without_spills(compilers):
+    variants = {}
+    shapes = [(1024, 3072), (8192, 2048), (10240, 8192), (5120, 25600), (34816, 5120)]
+    for bits, M, (N, K), dtype, kind in itertools.product(
+        (2, 4, 8), (1, 2, 4, 8), shapes, ("float16", "bfloat16"), KINDS[:4:3]
+    ):
+        problem = Problem(M, N, K, bits, dtype, **kind)
+        config = choose(problem)
+        variants.setdefault((tuple(defines(problem, config).items()), architecture(problem, config)), problem)
+    check_logs(variants, compilers)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_few_variants_compile_without_spills(arch, compilers):
     sm, shapes = ARCHITECTURES[arch]

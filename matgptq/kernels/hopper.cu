@@ -72,7 +72,7 @@ constexpr int kZerosAt = kScalesAt + kParts * ROW_TILES * 128;
 constexpr int kStageBytes = (kZerosAt + (SHIFT == 2 ? kParts * ROW_TILES * 256 : 0) + 1023) / 1024 * 1024;
 constexpr bool kExchange = K_GROUPS > 1 || SPLIT;  // sums pass through shared memory
 // Else, with many tokens, y does, behind the ring: kPass tokens at a time of the 64 * WORDS rows of a warpgroup.
-constexpr bool kByRows = !kExchange && (TOKENS >= 64 || GATED);
+constexpr bool kByRows = !kExchange && (TOKENS >= 48 || GATED);
 constexpr int kPass = TOKENS % 64 == 0 ? 64 / WORDS : TOKENS <= 16 ? 16 : 32;
 constexpr int kReaders = 128 * kHalves / (GATED ? WORDS : 1);  // threads that share what they pass: with GATED, of both layers
 static_assert(!GATED || (ROW_TILES % 2 == 0 && kByRows));

@@ -86,8 +86,8 @@ def stage_bytes(problem: Problem, config: HopperConfig) -> int:
 
 
 def staged_bytes(config: HopperConfig) -> int:
-    """Shared memory that outputs pass through: of a warpgroup's rows 64 tokens, 32 where these are two tiles, or less."""
-    if not config.persistent or (config.tokens < 64 and not config.gated):
+    """Shared memory that y pass through: of a warpgroup's rows 64 tokens, 32 where they are two tiles, or less."""
+    if not config.persistent or (config.tokens < 48 and not config.gated):
         return 0
     tokens = 64 // config.words if config.tokens % 64 == 0 else 16 if config.tokens <= 16 else 32
     return tokens * 2 * config.rows
@@ -190,7 +190,7 @@ def choose(problem: Problem) -> HopperConfig | None:
     # H200, 2026-11-23: hopper.cu is faster from 9 tokens on nearly everywhere, from 5 on where there are many planes.
     # To 16 tokens it was timed only where it scales sums.
     scales_sums = not p.shift and max(p.group_size, 0) % TILE == 0
-    many_planes = p.planes >= 8 or (p.planes >= 6 and p.row_tiles < 256)
+    many_planes = p.planes >= 8 or (p.planes >= 6 and p.row_tiles < 256) or (p.planes >= 4 and barely_two_waves(p))
     if p.sm != 90 or p.M <= 4 or (p.M <= 8 and not many_planes) or (p.M <= 16 and not scales_sums):
         return None
     if p.M <= 256 or (p.row_tiles * -(-p.M // 128) <= 264 and p.k_tiles < 128):
@@ -205,6 +205,11 @@ def choose(problem: Problem) -> HopperConfig | None:
     if p.M > 256 and _waves(p, shared) < 1:
         worth = 0.92  # its times scatter: 6144 x 4096, M = 512, 4 bits 42 to 52 us, where the other tile took 43
     return shared if supports(shared, p) and _microseconds(p, shared) < worth * _microseconds(p, best) else best
+
+
+def barely_two_waves(p: Problem) -> bool:
+    """Whether blocks of four row tiles, one on each SM of an H200, leave most of a second wave idle."""
+    return 132 < -(-p.row_tiles // 4) <= 176
 
 
 def _waves(p: Problem, c: HopperConfig) -> float:

@@ -209,7 +209,7 @@ def few_choice(problem: Problem) -> Config | None:
 
 def _few_tiles(p: Problem) -> Iterator[Config]:
     """The best tile and what to take where it does not fit, measured as `_preferred`'s, for M = 1 and 2."""
-    planes, rows, long = p.planes, p.row_tiles, p.k_tiles >= 128
+    planes, rows, long, short = p.planes, p.row_tiles, p.k_tiles >= 128, p.k_tiles <= 48
 
     def tile(turn_tiles: int, warps_n: int, warps_k: int, stages: int, splits: int) -> Config:
         return with_chunk(
@@ -217,13 +217,36 @@ def _few_tiles(p: Problem) -> Iterator[Config]:
         )
 
     if rows >= 256:
+        if planes == 4 and short and rows <= 264:
+            return
         if planes <= 3 or (planes == 4 and not long):
             yield tile(2, 2, 4, 3 if planes <= 3 and not long else 2, 2 if long else 1)
         elif planes <= 6:
             yield tile(2 if planes == 4 else 1, 1, 8, 2, 1) if long else tile(1, 2, 4, 3, 1)
         return
+    if 132 < rows <= 192 and planes <= 3:
+        yield tile(2, 2, 4, 3, 2)
+    if 132 < rows <= 192 and planes == 4 and not short:
+        yield tile(2, 1, 4, 3, 2)
+    if 66 < rows < 128 and planes == 4 and p.k_tiles >= 256:
+        yield tile(2, 1, 4, 3, 2)
     if rows > 132 or (planes > 2 and rows < 128 and p.k_tiles > 128):
         return
+    if rows >= 128 and p.k_tiles <= 64:
+        if planes <= 3:
+            yield tile(2, 2, 4, 3, 2)
+        elif planes == 4 and not short:
+            yield tile(2, 1, 4, 3, 2)
+        elif planes == 4:
+            return
+        elif short:
+            yield tile(1, 2, 4, 3, 2)
+    if rows <= 22 and p.M == 2 and (planes > 4 or p.k_tiles > 32):
+        return
+    if 22 < rows <= 66 and p.k_tiles <= 16 and planes <= 4:
+        yield tile(2, 1, 8, 2, 1)
+    if 66 < rows < 128 and planes <= 3 and p.M == 2 and p.k_tiles > 64:
+        yield tile(2, 2, 4, 3, 2)
     if rows <= 66 and long and p.M == 1:
         yield tile(2, 1, 8, 4, 2)
     if (planes <= 3 and not 66 < rows < 128) or (planes == 4 and rows >= 128):
@@ -248,7 +271,8 @@ def linear_choice(problem: Problem) -> Config:
 
 def _preferred(p: Problem) -> Config:
     """Measured on an H200, 2026-11-22, for 1 to 8 tokens 2026-11-23: fp16, group_size 128, widths 2, 3, 4, 6, 8, M 1 to
-    64, N x K 2048^2 to 16384^2, 6144 x 4096, 28672 x 4096, 4096 x 14336."""
+    64, N x K 2048^2 to 16384^2, 6144 x 4096, 28672 x 4096, 4096 x 14336; at 2, 4, 8 bits, 1 to 8 tokens 34 shapes of
+    Llama and Qwen3 models (`benchmarks/results/h200/model_tiles.json`: 2.8 % from the fastest tile in the mean)."""
     low, rows = p.planes <= 4, p.row_tiles
     splits = 2 if rows <= 64 else 1
 
@@ -280,6 +304,20 @@ def _preferred(p: Problem) -> Config:
             return tile(2, 1, 1, 1, 8 if p.k_tiles < 128 else 12, 2, 1, splits)
         warps_n = 1 if rows < 384 else 2
         return tile(2, 2, 2 if p.planes == 2 else 1, warps_n, 8 // warps_n, 2, 1, 2 if rows <= 128 else 1)
+    two = 2 if low or p.dtype == "float16" or not p.rounds else 1  # blocks an SM: the registers of several planes
+    # Few rows, or 1.2 waves of one row tile a block: four blocks share a long k.
+    if rows <= 22 or (rows <= 48 and not low and p.k_tiles >= 64 and p.M > 1) or (66 < rows <= 96 and p.k_tiles >= 256):
+        if rows <= 66 or p.M > 1:
+            return tile(1, 1, 1, 1, 8, 2, two, 4)
+        return tile(1, 1, 1, 1, 16, 2, 1, 1)
+    # A short k, or a wave that larger blocks would hardly begin.
+    four = p.planes == 4
+    short = p.k_tiles <= (48 if not low or (four and p.M <= 4) else 32)
+    idle = hopper.barely_two_waves(p) or (not low and p.M <= 4 and p.k_tiles < 128 and -(-rows // 4) % 132 <= 100)
+    if p.M > 2 and rows > 264 and idle:
+        return tile(1, 1, 2 if low else 1, 1, 8, 2, two, 1)
+    if short and (128 if four else 192) <= rows <= 264 and (p.M > 2 or four):
+        return tile(1, 1, 2 if low else 1, 1, 8, 2, two, 1)
     # Where two blocks of a cluster split k, they must all run at once. Blocks of more rows read x less often.
     if rows >= 256:
         if p.M <= 2 and not low:
@@ -297,8 +335,7 @@ def _preferred(p: Problem) -> Config:
         return tile(1, 1, 2, 2, 4, 2, 2, 2 if rows <= 264 else 1)
     if not low and rows <= 132 and p.M > 2:
         splits = 2
-    registers_for_two = low or p.dtype == "float16" or not p.rounds
-    return tile(1, 1, 2 if low else 1, 1, 8, 2, 2 if registers_for_two else 1, splits)
+    return tile(1, 1, 2 if low else 1, 1, 8, 2, two, splits)
 
 
 def with_chunk(problem: Problem, config: Config) -> Config:
