@@ -89,9 +89,15 @@ def test_a_command_that_fails_is_a_part_that_fails(gpu_check):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
-@pytest.mark.parametrize("script", ["gpu_check.py", "sanitize.py", "generate_check.py", "sweep_tiles.py"])
+@pytest.mark.parametrize(
+    "script", ["gpu_check.py", "sanitize.py", "generate_check.py", "sweep_tiles.py", "gated_tiles.py"]
+)
 def test_without_a_gpu_it_says_so(script):
-    arguments = {"generate_check.py": ["model"], "sweep_tiles.py": ["--shapes", "64x64"]}.get(script, [])
+    arguments = {
+        "generate_check.py": ["model"],
+        "sweep_tiles.py": ["--shapes", "64x64"],
+        "gated_tiles.py": ["--shapes", "64x64"],
+    }.get(script, [])
     done = subprocess.run(
         [sys.executable, BENCHMARKS / script, *arguments],
         env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)},
@@ -159,3 +165,28 @@ def test_a_sweep_compares_the_results_of_tiles(monkeypatch):
     assert min(times) > 0
     with pytest.raises(ArithmeticError, match=r"results of tiles must agree to 0.001, got .* of tile 2"):
         sweep_tiles.sweep(case, problem, ["tile 0", "tile 1", "tile 2"], cpu)
+
+
+def test_ways_to_gate_are_compared(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gated_tiles
+
+    layers = torch.randn(2, 128).bfloat16()
+    gated = torch.nn.functional.silu(layers[:, :64]) * layers[:, 64:]
+
+    def make_launcher(problem, config, device):
+        answer = gated if problem.gated else layers
+
+        def launch(stream, M, x, planes, scales, zeros, bias, y):
+            ctypes.memmove(y, answer.data_ptr(), answer.nbytes)
+
+        return launch
+
+    monkeypatch.setattr(gated_tiles, "make_launcher", make_launcher)
+    monkeypatch.setattr(gated_tiles, "compile_tiles", lambda tiles: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    problem, cpu = Problem(2, 64, 128, 4, "bfloat16", gated=True), torch.device("cpu")
+    assert list(gated_tiles.time_ways(problem, cpu)) == ["layers", "gate.cu after them", "gated"]
+    gated += 1
+    with pytest.raises(ArithmeticError, match=r"results must agree to 0.008, got"):
+        gated_tiles.time_ways(problem, cpu)

@@ -13,7 +13,7 @@
 //
 // The blocks of a cluster split k; each adds up and stores its share of the sums, in one fixed order, from its shared memory.
 // Where k is not split, and with one group along k, a block computes several tiles: the ring fills for the next while one is
-// stored, from 64 tokens on by whole rows of y, which pass through shared memory. From 4096 tokens on two such blocks are a
+// stored, from 48 tokens on by whole rows of y, which pass through shared memory. From 4096 tokens on two such blocks are a
 // cluster and share x: each asks for half of it, for both.
 //
 // Where tiles do not fill whole waves of blocks, blocks share the turns of some tiles evenly (stream-K, arXiv 2301.03598): each
@@ -249,7 +249,9 @@ __device__ __forceinline__ void send(int block, uint32_t address, const float (&
       : "r"(address), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier), "r"(block)
       : "memory");
 }
-__device__ __forceinline__ void sync_readers(int barrier) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kReaders) : "memory"); }
+__device__ __forceinline__ void sync_readers(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kReaders) : "memory");
+}
 __device__ __forceinline__ void wait_for_sent(uint32_t barrier) {
   asm volatile(
       "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n@!done bra AGAIN;\n}"
@@ -352,7 +354,9 @@ struct Source {
     last = min(kOutputTiles, p.row_tiles - row_tile) - 1;
   }
   // The row tile that is i-th in the block, from the first.
-  __device__ __forceinline__ int row_tile(const Params& p, int i) const { return min(i / kHalves, last) + i % kHalves * p.row_tiles; }
+  __device__ __forceinline__ int row_tile(const Params& p, int i) const {
+    return min(i / kHalves, last) + i % kHalves * p.row_tiles;
+  }
   __device__ __forceinline__ void fetch_weights(const Params& p, int turn, uint32_t to, uint32_t barrier) const {
     const int first = k_tile + turn * kTurnTiles, there = max(min(p.k_tiles - first, kTurnTiles), 0);
     expect(barrier, kTurnTiles * kBox + there * ROW_TILES * kTileBytes + kParts * ROW_TILES * (SHIFT == 2 ? 384 : 128));
@@ -672,7 +676,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
         return ((row_tile * kPass + token) * 8 + (chunk ^ (token % 8))) * 16;
       };
       const int chunk = thread % 8, token = thread / 8;  // that the thread reads
-      const int n = (tile.row_block * kOutputTiles + group * WORDS / kHalves) * 64 + chunk * 8, m = tile.token_block * TOKENS + token;
+      const int n = (tile.row_block * kOutputTiles + group * WORDS / kHalves) * 64 + chunk * 8;
+      const int m = tile.token_block * TOKENS + token;
 #pragma unroll
       for (int first = 0; first < TOKENS; first += kPass) {
 #pragma unroll
