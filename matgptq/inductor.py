@@ -133,9 +133,14 @@ def gate_linears(graph: fx.Graph, gated: Gated) -> None:
     patterns = PatternMatcherPass()
 
     def parts(match: Match) -> tuple[fx.Node, int] | None:
-        (y, start, middle), (other, begin, end) = _part(match.kwargs["gate"]), _part(match.kwargs["up"])
+        gate, up = match.kwargs["gate"], match.kwargs["up"]
+        (y, start, middle), (other, begin, end) = _part(gate), _part(up)
         if y is None or y is not other or (start, middle) != (0, begin) or 2 * middle != y.meta["val"].shape[-1]:
             return None
+        if len(y.users) > 2 or not {*gate.users, *up.users} <= set(match.nodes):
+            return None  # they are asked for themselves too
+        if any(node.args[1] != 1 for node in match.nodes if node.target is _aten.add.Tensor):
+            return None  # the pattern does not compare numbers, and this one makes it silu
         return (y, middle) if end >= 2 * middle and gated(y, middle) is not None else None
 
     @register_graph_pattern(_gate_pattern(), extra_check=lambda match: parts(match) is not None, pass_dict=patterns)

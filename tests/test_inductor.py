@@ -11,6 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.utils import fresh_cache
+from torch.nn.functional import silu
 
 import matgptq
 from matgptq import inductor
@@ -155,7 +156,10 @@ class Siblings(nn.Module):
         first = self.a(x)
         if not self.same:
             x += 1
-        return first * self.b(x)
+        return self.use(first, self.b(x))
+
+    def use(self, a, b):
+        return a * b
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -171,6 +175,35 @@ def test_only_equal_inputs_are_joined(same):
         got = torch.compile(module, fullgraph=True, backend=joining(graphs))(x.clone())
         torch.testing.assert_close(got, module(x.clone()))
     assert graphs[0][1] == ({"packed_linears_at": 1} if same else {"packed_linear_at": 2})
+
+
+def spelled_out(a, number):
+    return (a / (torch.exp(-a) + number)).half()
+
+
+@pytest.mark.parametrize(
+    ("use", "gated"),
+    [
+        (lambda a, b: silu(a) * b, True),
+        (lambda a, b: silu(b) * a, False),
+        (lambda a, b: silu(a) * b + a, False),
+        (lambda a, b: silu(a) * silu(b), False),
+        (lambda a, b: spelled_out(a.float(), 1) * b, True),
+        (lambda a, b: spelled_out(a.float(), 2) * b, False),
+    ],
+)
+def test_only_silu_of_the_first_times_the_second_is_gated(use, gated):
+    module = Siblings(sym=False)
+    pack(module, dtype=torch.float16)
+    for layer in (module.a, module.b):
+        layer.width_at_run_time = True
+    module.use = use
+    graphs = []
+    x = torch.randn(3, 64).half()
+    with torch.inference_mode():
+        got = torch.compile(module, fullgraph=True, backend=joining(graphs))(x)
+        torch.testing.assert_close(got, module(x))
+    assert graphs[0][1] == {"packed_linears_at": 1, **({"gated": 1} if gated else {})}
 
 
 @needs_compiler
