@@ -162,19 +162,24 @@ class Siblings(nn.Module):
         return a * b
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_only_equal_inputs_are_joined(same):
-    module = Siblings(sym=False)
+def compiled_calls(module):
+    """The linear ops of the compiled `Siblings`, whose results are compared with those of plain calls."""
     pack(module, dtype=torch.float16)
     for layer in (module.a, module.b):
         layer.width_at_run_time = True
-    module.same = same
     graphs = []
     x = torch.randn(3, 64).half()
     with torch.inference_mode():
         got = torch.compile(module, fullgraph=True, backend=joining(graphs))(x.clone())
         torch.testing.assert_close(got, module(x.clone()))
-    assert graphs[0][1] == ({"packed_linears_at": 1} if same else {"packed_linear_at": 2})
+    return graphs[0][1]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_only_equal_inputs_are_joined(same):
+    module = Siblings(sym=False)
+    module.same = same
+    assert compiled_calls(module) == ({"packed_linears_at": 1} if same else {"packed_linear_at": 2})
 
 
 def spelled_out(a, number):
@@ -194,16 +199,8 @@ def spelled_out(a, number):
 )
 def test_only_silu_of_the_first_times_the_second_is_gated(use, gated):
     module = Siblings(sym=False)
-    pack(module, dtype=torch.float16)
-    for layer in (module.a, module.b):
-        layer.width_at_run_time = True
     module.use = use
-    graphs = []
-    x = torch.randn(3, 64).half()
-    with torch.inference_mode():
-        got = torch.compile(module, fullgraph=True, backend=joining(graphs))(x)
-        torch.testing.assert_close(got, module(x))
-    assert graphs[0][1] == {"packed_linears_at": 1, **({"gated": 1} if gated else {})}
+    assert compiled_calls(module) == {"packed_linears_at": 1, **({"gated": 1} if gated else {})}
 
 
 @needs_compiler
