@@ -275,15 +275,24 @@ def check_unusual_activations(checks: Checks) -> None:
             checks.expect(bool(apart), f"{value} in row {row} {bits=} {dtype} {M=}")
 
 
-def check_gated(checks: Checks) -> None:
-    """Layers whose kernel gates its outputs, or has another do so after it."""
+def gated_cases() -> Iterator[tuple[dict[str, Any], int]]:
+    """(layer options, M) of gated layers: all ways of holding weights, and every kind of tile that models get."""
     shapes = [(64, 128), (1536, 576), (4096, 1024), (14336, 512), (2048, 8192), (28672, 256)]
     ways = itertools.cycle(itertools.product((False, True), ((False, "round"), (True, "round"), (True, "prefix"))))
-    cases: list[tuple[dict[str, Any], int]] = []
     for (N, K), M, bits, dtype in itertools.product(shapes, (1, 2, 3, 8, 9, 20, 60, 300), range(2, 9), DTYPES):
         zeros, (resident, rule) = next(ways)
         layer = {"N": N, "K": K, "bits": bits, "dtype": dtype, "group_size": 64, "zeros": zeros, "resident": resident}
-        cases.append(({**layer, "rule": rule, "bias": bits % 2 == 0}, M))
+        yield {**layer, "rule": rule, "bias": bits % 2 == 0}, M
+    shapes = [(9728, 2560), (14336, 1024), (17408, 5120)]
+    for (N, K), M, bits in itertools.product(
+        shapes, (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 2048, 4500), (2, 4, 8)
+    ):
+        yield {"N": N, "K": K, "bits": bits, "dtype": "bfloat16", "bias": bits == 4}, M
+
+
+def check_gated(checks: Checks) -> None:
+    """Layers whose kernel gates its outputs, or has another do so after it."""
+    cases = list(gated_cases())
     warmup([replace(problem_of(layer, M), gated=True) for layer, M in cases])
     for options, M in cases:
         gated, x = GatedLayer(**options), tokens(M, options["K"], options["dtype"]) * 0.3
@@ -293,23 +302,20 @@ def check_gated(checks: Checks) -> None:
 
 def check_older_gpus(checks: Checks) -> None:
     """The tiles of GPUs without clusters or programmatic launches, run on this one."""
-    for sm, bits, M in itertools.product((80, 86), (2, 4, 7), (1, 2, 9, 40)):
-        options: dict[str, Any] = {"N": 320, "K": 2048, "bits": bits, "resident": bits == 4, "zeros": bits == 7}
-        layer, x, here = Layer(**options), tokens(M, 2048, "float16"), problem_of(options, M)
+    for (kind, N), sm, bits, M in itertools.product(
+        ((Layer, 320), (GatedLayer, 128)), (80, 86), (2, 4, 7), (1, 2, 9, 40)
+    ):
+        options: dict[str, Any] = {"N": N, "K": 2048, "bits": bits, "resident": bits == 4, "zeros": bits == 7}
+        layer, x = kind(**options), tokens(M, 2048, "float16") * 0.3
+        here = replace(problem_of(options, M), gated=kind is GatedLayer)
         launcher = make_launcher(here, choose(replace(here, sm=sm)), 0, programmatic=False)
-        y = torch.full((M, 320), float("nan"), device="cuda", dtype=torch.float16)
+        y = torch.full((M, N), float("nan"), device="cuda", dtype=torch.float16)
         zeros = 0 if layer.zeros is None else layer.zeros.data_ptr()
         stream = torch.cuda.current_stream().cuda_stream
         launcher(stream, M, x.data_ptr(), layer.planes.data_ptr(), layer.scales.data_ptr(), zeros, 0, y.data_ptr())
         error = relative_error(y, layer.reference(x))
-        checks.expect(error <= TOLERANCE["float16"], f"tiles of sm_{sm} {bits=} {M=}: relative error {error:.2e}")
-        gated = replace(here, N=128, zeros=False, gated=True)
-        both = GatedLayer(128, 2048, bits, resident=bits == 4)
-        launcher = make_launcher(gated, choose(replace(gated, sm=sm)), 0, programmatic=False)
-        y = torch.full((M, 128), float("nan"), device="cuda", dtype=torch.float16)
-        launcher(stream, M, x.data_ptr(), both.planes.data_ptr(), both.scales.data_ptr(), 0, 0, y.data_ptr())
-        error = relative_error(y, both.reference(x))
-        checks.expect(error <= TOLERANCE["float16"], f"gated tiles of sm_{sm} {bits=} {M=}: relative error {error:.2e}")
+        name = f"tiles of sm_{sm} {kind.__name__} {bits=} {M=}"
+        checks.expect(error <= TOLERANCE["float16"], f"{name}: relative error {error:.2e}")
 
 
 def check_determinism(checks: Checks) -> None:

@@ -76,6 +76,10 @@ TILES = [  # which `choose` takes for larger problems
     # two blocks that share x, an odd number of them along rows
     ((4, 1030, 6200, 256, 64, False, False), HopperConfig(2, 1, 256, 1, 1, 1, **PAIR)),
     ((2, 1030, 6200, 256, 128, False, True), HopperConfig(4, 2, 128, 1, 1, 1, **PAIR)),
+    # the same, gated
+    ((4, 150, 8512, 256, 64, False, False), HopperConfig(2, 1, 192, 1, 1, 1, **SHARE_K, gated=True)),
+    ((6, 40, 17024, 256, 128, False, True), HopperConfig(4, 2, 48, 1, 1, 1, **SHARE_K, gated=True)),
+    ((4, 1030, 3136, 256, 64, False, False), HopperConfig(2, 1, 256, 1, 1, 1, **PAIR, gated=True)),
 ]
 
 
@@ -106,7 +110,7 @@ def main() -> None:
     for case, tile in TILES:
         matmul.bind.cache_clear()  # a case above may be the same problem, by the tile that `choose` takes
         with mock.patch.object(matmul, "choose", return_value=tile) as choose:
-            check(checks, Layer, *case)
+            check(checks, GatedLayer if tile.gated else Layer, *case)
         assert choose.called, case
     checks.close(Layer(256, 1024, 5, "bfloat16"), tokens(9, 1024, "bfloat16"), "bfloat16")
     torch.cuda.synchronize()

@@ -1,6 +1,7 @@
 """The runner of ``make gpu-check`` and the script that compares answers, as far as they go without a GPU."""
 
 import ctypes
+import itertools
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import matgptq
+from matgptq.kernels.hopper import HopperConfig
 from matgptq.kernels.tiles import Problem, choose, defines, supports
 from matgptq.quantizer.pipeline import quantize
 
@@ -190,3 +192,25 @@ def test_ways_to_gate_are_compared(monkeypatch):
     gated += 1
     with pytest.raises(ArithmeticError, match=r"results must agree to 0.008, got"):
         gated_tiles.time_ways(problem, cpu)
+
+
+def test_every_kind_of_gated_tile_is_checked(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import kernel_checks
+
+    def kinds(problems):
+        tiles = [tile for tile in map(choose, problems) if tile.gated]
+        return {tile if isinstance(tile, HopperConfig) else tile.few for tile in tiles}
+
+    checked = kinds(
+        Problem(M, gated=True, **{name: value for name, value in options.items() if name != "bias"})
+        for options, M in kernel_checks.gated_cases()
+    )
+    layers = [(3072, 1024), (8192, 2048), (9728, 2560), (14336, 4096), (12288, 4096), (17408, 5120), (28672, 8192)]
+    batches = (1, 4, 8, 9, 16, 24, 32, 40, 64, 96, 128, 192, 256, 300, 384, 512, 700, 1024, 2048, 4096, 8192)
+    asked = kinds(
+        Problem(M, N, K, bits, "bfloat16", gated=True)
+        for (N, K), M, bits in itertools.product(layers, batches, (2, 4, 8))
+    )
+    assert len(asked) > 20
+    assert asked <= checked

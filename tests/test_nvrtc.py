@@ -142,7 +142,10 @@ def test_stream_k_variants_compile_without_spills(compilers):
 def test_gated_hopper_variants_compile_without_spills(compilers):
     variants = {}
     for bits, M, (N, K), kind in itertools.product(
-        (2, 4, 8), (12, 24, 32, 48, 64, 96, 128, 192, 256, 1024), ((14336, 4096), (17408, 5120)), (KINDS[0], KINDS[3])
+        (2, 4, 8),
+        (12, 24, 32, 48, 64, 96, 128, 192, 256, 1024, 4096),
+        ((14336, 4096), (17408, 5120)),
+        (KINDS[0], KINDS[3]),
     ):
         problem = Problem(M, N, K, bits, "bfloat16", gated=True, **kind)
         config = choose(problem)

@@ -86,7 +86,7 @@ def stage_bytes(problem: Problem, config: HopperConfig) -> int:
 
 
 def staged_bytes(config: HopperConfig) -> int:
-    """Shared memory that y pass through: of a warpgroup's rows 64 tokens, 32 where they are two tiles, or less."""
+    """Shared memory that y passes through: of a warpgroup's rows 64 tokens, 32 where they are two tiles, or less."""
     if not config.persistent or (config.tokens < 48 and not config.gated):
         return 0
     tokens = 64 // config.words if config.tokens % 64 == 0 else 16 if config.tokens <= 16 else 32
