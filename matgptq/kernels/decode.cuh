@@ -69,7 +69,7 @@ struct Half {
 
 struct BFloat {
   static constexpr int kMantissa = 7, kBias = 127;
-  static constexpr uint32_t kOne = 0x3F803F80u;
+  static constexpr uint32_t kOne = 0x3F803F80u, kNone = 0x80008000u;  // -0: what an FMA may add to a product
   static __device__ float to_float(uint16_t v) { return __uint_as_float(uint32_t(v) << 16); }
   static __device__ uint16_t from_float(float f) {
     uint16_t v;
@@ -87,14 +87,22 @@ struct BFloat {
     return d;
   }
   static __device__ uint32_t add2(uint32_t a, uint32_t b) {
+#if __CUDA_ARCH__ >= 900
     uint32_t d;
     asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
+#else
+    return fma2(a, kOne, b);
+#endif
   }
   static __device__ uint32_t mul2(uint32_t a, uint32_t b) {
+#if __CUDA_ARCH__ >= 900
     uint32_t d;
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
     return d;
+#else
+    return fma2(a, b, kNone);
+#endif
   }
   static __device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -108,7 +116,7 @@ template <typename T>
 __device__ __forceinline__ uint32_t gated(uint32_t gate, uint32_t up) {
   auto silu = [](float v) { return __fdividef(v, 1 + __expf(-v)); };  // 2 ulp; 0 where the divisor is above 2^126
   const uint32_t gated = T::from_floats(silu(T::to_float(uint16_t(gate))), silu(T::to_float(uint16_t(gate >> 16))));
-  return T::fma2(gated, up, 0x80008000u);  // plus -0: older GPUs cannot multiply pairs of bfloat16
+  return T::mul2(gated, up);
 }
 
 // A pair of the integer `value` (0 < value <= 2^(mantissa bits + 1)) in number format T.
@@ -237,9 +245,16 @@ struct Nibbles {
   }
 };
 
+// Of a word's two rows: scales, each twice, and zeros.
+struct Scale {
+  uint32_t pair[2];
+  float zero[2];
+};
+
 template <typename T, int Bits, bool Round, bool Low = false>
 struct Decoder {
   using Places = Layout<T, Low>;
+  static constexpr float kUnit = Bits < 5 ? float(1 << (8 - Bits)) : 1.0f;  // a unit of the decoded integers, in levels
   static constexpr bool kFp16 = T::kMantissa == 10;
   static constexpr bool kCentred = Bits > 4 && !kFp16;  // operands without a base
 
@@ -285,6 +300,50 @@ struct Decoder {
     } else {
       a[0] = a[1] = a[2] = a[3] = kFp16 ? packed_integer<Half>(1024 + 128, true) : 0;
     }
+  }
+
+  // A word's scales, from the pair of them that memory has.
+  template <int Shift>
+  static __device__ __forceinline__ Scale scale(uint32_t pair) {
+    Scale scale = {{__byte_perm(pair, 0, 0x1010), __byte_perm(pair, 0, 0x3232)}, {}};
+    if constexpr (Shift == 0 && Bits < 5) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) scale.pair[h] = T::mul2(scale.pair[h], packed_integer<T>(int(kUnit)));
+    }
+    return scale;
+  }
+
+  // Decoded integers of step s -> the same without bases, which come off exactly in 16 bits.
+  static __device__ __forceinline__ void centre(uint32_t (&a)[4], int s) {
+    transform(a, s, [](uint32_t v, int) { return v; });
+  }
+
+  // The same -> weights: scaled with one rounding in 16 bits; made in fp32 where zeros are taken off (Shift 2).
+  template <int Shift>
+  static __device__ __forceinline__ void weights(uint32_t (&a)[4], int s, const Scale& scale, float shift) {
+    transform(a, s, [&](uint32_t v, int row) {
+      if constexpr (Shift == 2) {
+        float f[2] = {T::to_float(uint16_t(v)), T::to_float(uint16_t(v >> 16))};
+        const float factor = T::to_float(uint16_t(scale.pair[row]));
+#pragma unroll
+        for (int e = 0; e < 2; ++e) f[e] = (f[e] * kUnit + shift - scale.zero[row]) * factor;
+        return T::from_floats(f[0], f[1]);
+      }
+      if constexpr (Shift == 1) {
+        const uint32_t half = T::from_float(shift);
+        v = T::fma2(v, packed_integer<T>(int(kUnit)), half | (half << 16));
+      }
+      return T::mul2(v, scale.pair[row]);
+    });
+  }
+
+ private:
+  template <typename Function>
+  static __device__ __forceinline__ void transform(uint32_t (&a)[4], int s, Function function) {
+    uint32_t base[4];
+    bases(s, base);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) a[c] = function(kCentred ? a[c] : T::add2(a[c], base[c]), c % 2);
   }
 };
 

@@ -1,4 +1,5 @@
-// y = x W^T + bias for one or two tokens by integer tensor cores; stream.cuh has the equation, layouts, limits and macros.
+// y = x W^T + bias for one or two tokens by integer tensor cores; call.cuh has the equation,
+// layouts, limits and macros.
 //
 // Weights are the A operand (16 rows) of mma.sync.m16n8k32, their codes as bytes: four to an AND, with no base to take off,
 // and half as many MMAs as in linear.cu. x is the B operand: a block splits it into three signed digits of fixed-point
@@ -15,7 +16,7 @@
 // Measured on an H200 (2026-11-22): 9 % faster than linear.cu in the mean of what `choose` takes it for, 19 % at most. x, which
 // must come and be split before the first product, and the sums of a cluster bound small layers, memory large ones.
 //
-// Limits beside stream.cuh's: group_size 0 or a multiple of 32; chunk_tiles a multiple of 4, and chunk_tiles * tokens at most a
+// Limits beside call.cuh's: group_size 0 or a multiple of 32; chunk_tiles a multiple of 4, and chunk_tiles * tokens at most a
 // quarter of the threads.
 #include "stream.cuh"
 

@@ -1,5 +1,5 @@
 // y = silu(h[:, :N]) * h[:, N:], h the results of two layers side by side, where their kernel has not made y itself (GATED in
-// stream.cuh). A thread has eight outputs.
+// call.cuh). A thread has eight outputs.
 //
 // Limits: N a multiple of 8, M * N below 2^35. Compiled by NVRTC with FORMAT, Half | BFloat: h, y.
 #include "decode.cuh"

@@ -35,7 +35,7 @@
 //   SPLIT      1: clusters split k
 //   PAIR       1: clusters of two blocks, neighbours along rows, share x
 //   STREAM_K   1: blocks share the turns of `shared_tiles` tiles
-//   GATED      1: as in stream.cuh; ROW_TILES is even then, and row tiles are in turn of the first layer and of the second
+//   GATED      1: as in call.cuh; ROW_TILES is even then, and row tiles are in turn of the first layer and of the second
 #include "decode.cuh"
 
 using uint64_t = unsigned long long;
@@ -82,7 +82,7 @@ constexpr int kPieces = kGroupTiles * WORDS;            // of a warp and turn
 static_assert(kPieces > 1 || kTurnTiles == 1);          // then turns come in pairs
 constexpr int kTurnsAtOnce = kPieces == 1 ? 2 : 1;      // two sets of operands take turns
 constexpr int kColumns = TOKENS / 8, kUnits = WORDS * kColumns;  // a unit: a thread's sums of a word and eight tokens
-constexpr float kUnit = BITS < 5 ? float(1 << (8 - BITS)) : 1.0f;  // a unit of the decoded integers, in levels
+constexpr float kUnit = Decode::kUnit;
 constexpr int kBand = 16 / kSharers;  // clusters along rows that are computed at a time, to share x in the L2
 
 struct alignas(64) Params {
@@ -401,37 +401,6 @@ struct Source {
   }
 };
 
-// Of a word's two rows: scales, each twice, and zeros.
-struct Scale {
-  uint32_t pair[2];
-  float zero[2];
-};
-
-// Decoded integers -> weights, scales applied; with kScaleSums only bases are taken off.
-__device__ __forceinline__ void apply_scale(uint32_t (&a)[4], int step, const Scale& scale, float shift) {
-  uint32_t base[4];
-  Decode::bases(step, base);
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    uint32_t v = a[c];
-    if constexpr (!Decode::kCentred) v = T::add2(v, base[c]);
-    if constexpr (SHIFT == 2) {
-      float f[2] = {T::to_float(uint16_t(v)), T::to_float(uint16_t(v >> 16))};
-      const float s = T::to_float(uint16_t(scale.pair[c % 2]));
-#pragma unroll
-      for (int e = 0; e < 2; ++e) f[e] = (f[e] * kUnit + shift - scale.zero[c % 2]) * s;
-      v = T::from_floats(f[0], f[1]);
-    } else if constexpr (!kScaleSums) {
-      if constexpr (SHIFT == 1) {
-        const uint32_t half = T::from_float(shift);
-        v = T::fma2(v, packed_integer<T>(int(kUnit)), half | (half << 16));
-      }
-      v = T::mul2(v, scale.pair[c % 2]);
-    }
-    a[c] = v;
-  }
-}
-
 // STREAM_K: a consumer's sums go to global memory, and from there to the sums of the same thread of another block. A warp of its
 // own, the clerk, says when they are there (`keep_books`), so that consumers do not wait for memory.
 using Sums = float[WORDS][TOKENS / 2];
@@ -593,24 +562,20 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
         Decode::decode(unit, a);
         if constexpr (kScaleSums) {
 #pragma unroll
-          for (int step = 0; step < 4; ++step) apply_scale(a[step], step, {}, 0);
+          for (int step = 0; step < 4; ++step) Decode::centre(a[step], step);
         } else {
           constexpr int kSteps = kPart < 64 ? kPart / 16 : 4;  // that share a scale
 #pragma unroll
           for (int s = 0; s < 4; s += kSteps) {
             const int slot = ((k_tile * 64 + s * 16) / kPart * ROW_TILES + tile_of_warp) * 64 + g * 8 + (first_word + r) * 2;
             const uint32_t pair = *reinterpret_cast<const uint32_t*>(weights + kScalesAt + slot * 2);
-            Scale scale = {{__byte_perm(pair, 0, 0x1010), __byte_perm(pair, 0, 0x3232)}, {}};
-            if constexpr (SHIFT == 0 && BITS < 5) {
-#pragma unroll
-              for (int h = 0; h < 2; ++h) scale.pair[h] = T::mul2(scale.pair[h], packed_integer<T>(int(kUnit)));
-            }
+            Scale scale = Decode::scale<SHIFT>(pair);
             if constexpr (SHIFT == 2) {
               const float2 zeros = *reinterpret_cast<const float2*>(weights + kZerosAt + slot * 4);
               scale.zero[0] = zeros.x, scale.zero[1] = zeros.y;
             }
 #pragma unroll
-            for (int step = s; step < s + kSteps; ++step) apply_scale(a[step], step, scale, p.shift);
+            for (int step = s; step < s + kSteps; ++step) Decode::weights<SHIFT>(a[step], step, scale, p.shift);
           }
         }
         const uint32_t box = ring / 16 + stage * (kStageBytes / 16) + k_tile * (kBox / 16);

@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 
-from . import hopper, nvrtc
+from . import hopper, many, nvrtc
 from .hopper import HopperConfig
+from .many import ManyConfig
 from .problem import TILE, Problem
 from .tiles import AnyConfig, Config, Gate, architecture, defines, gate_follows, grid, inbox_offset, shared_bytes
 
-_PARAMS = struct.Struct("6Q10if4x")  # linear.cu, Params
+_PARAMS = struct.Struct("6Q10if4x")  # call.cuh, Params
 _HOPPER = struct.Struct("128s5Q10ifi2Q3i12x")  # hopper.cu, Params
 _GATE = struct.Struct("6Q2i")  # gate.cu, Params
 _MANY_MAPS = 1024  # tensor maps that a launcher keeps
 _TICKET = int.from_bytes(os.urandom(8), "little") | 1  # hopper.cu, Params: a number that memory does not hold by chance
+_UNSPLIT = (0, 0, 0)  # call.cuh, Params, of blocks that take all of k
 _ALONE = (0, 0, 0, 0, 0, 0)  # hopper.cu, Params, of tiles that blocks do not share
 _lock = threading.Lock()
 _thread = threading.local()  # a launch writes its parameters into memory of its thread: the driver copies them
@@ -35,6 +37,8 @@ def make_launcher(problem: Problem, config: AnyConfig, device: int, programmatic
         return GateLauncher(make_launcher(problem.layer, config, device, programmatic), problem, device, programmatic)
     if isinstance(config, HopperConfig):
         return HopperLauncher(problem, config, device, programmatic)
+    if isinstance(config, ManyConfig):
+        return ManyLauncher(problem, config, device, programmatic)
     return Launcher(problem, config, device, programmatic)
 
 
@@ -159,6 +163,18 @@ class HopperLauncher(Launcher):
         if config.persistent:  # blocks then compute several tiles
             clusters = min(clusters, self._resident // config.cluster)
         return clusters * config.cluster, 1, 1
+
+
+class ManyLauncher(Launcher):
+    """The same for many.cu, and for any number of tokens."""
+
+    def __init__(self, problem: Problem, config: ManyConfig, device: int, programmatic: bool = True):
+        self._prepare(problem, config, many.shared_bytes(problem, config), device, programmatic)
+        self._constants = (*_sizes(problem), *_UNSPLIT, _shift(problem))
+        self._row_blocks = -(-problem.N // config.rows)
+
+    def _blocks(self, token_blocks: int) -> tuple[int, int, int]:
+        return self._row_blocks * token_blocks, 1, 1
 
 
 class GateLauncher(Launcher):

@@ -1,4 +1,5 @@
-// y = x W^T + bias for few tokens, W decoded from bit planes on the fly; stream.cuh has the equation, layouts, limits and macros.
+// y = x W^T + bias for few tokens, W decoded from bit planes on the fly; call.cuh has the equation,
+// layouts, limits and macros.
 //
 // Weights are the A operand (16 rows) of mma.sync.m16n8k16 and tokens its B operand (8 columns): Y = (W X^T)^T.
 //
@@ -11,7 +12,7 @@
 using Decode = Decoder<T, BITS, bool(ROUND)>;
 
 constexpr int kTokens = 8 * TOKEN_TILES;
-constexpr float kUnit = BITS < 5 ? float(1 << (8 - BITS)) : 1.0f;  // a unit of the decoded integers, in levels
+constexpr float kUnit = Decode::kUnit;
 
 // Where 8 k of a token lie in the [k32 block][token][32 k] of a chunk: four such quarters to a block, in an order that
 // differs between pairs of tokens, so that the eight tokens of a matrix that ldmatrix reads meet no bank conflict.
@@ -31,14 +32,6 @@ __device__ __forceinline__ void copy_x(uint32_t shared, const Params& p, int fir
     block += step_blocks, token += step_tokens;
     if (token >= tokens) token -= tokens, ++block;
   }
-}
-
-// Four 8x8 matrices, a row's address from each lane: this lane's part of four B operand registers.
-__device__ __forceinline__ void load_matrices(uint32_t* b, uint32_t row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-               : "r"(row)
-               : "memory");
 }
 
 // sum += the MMA steps of one part of a turn.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 _FOLDER = Path(__file__).parent
-_HEADERS = (_FOLDER / "decode.cuh", _FOLDER / "stream.cuh")
+_HEADERS = tuple(_FOLDER / f"{name}.cuh" for name in ("decode", "call", "stream"))
 _OPTIONS = ("--std=c++17", "--ptxas-options=-v")
 
 
@@ -28,7 +28,10 @@ class CompileError(RuntimeError):
 
 
 def compile_cubin(macros: dict[str, str], arch: str) -> tuple[bytes, str]:
-    """Compiles the source that KERNEL names; returns the cubin and the compiler's log, with registers and spills."""
+    """Compiles the source that KERNEL names; returns the cubin and the compiler's log, with registers and spills.
+
+    For a virtual architecture ("compute_80") the cubin is PTX.
+    """
     nvrtc = _nvrtc()
     source = _source(macros)
     options = [option.encode() for option in _options(macros, arch)]
@@ -42,8 +45,9 @@ def compile_cubin(macros: dict[str, str], arch: str) -> tuple[bytes, str]:
         text = bytes(log).rstrip(b"\0").decode(errors="replace")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise CompileError(f"NVRTC could not compile {source.name} for {arch} with {macros}:\n{text}")
-        cubin = bytearray(_check(nvrtc.nvrtcGetCUBINSize(program)))
-        _check(nvrtc.nvrtcGetCUBIN(program, cubin))
+        kind = "PTX" if arch.startswith("compute_") else "CUBIN"
+        cubin = bytearray(_check(getattr(nvrtc, f"nvrtcGet{kind}Size")(program)))
+        _check(getattr(nvrtc, f"nvrtcGet{kind}")(program, cubin))
         return bytes(cubin), text
     finally:
         nvrtc.nvrtcDestroyProgram(program)

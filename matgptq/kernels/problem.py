@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 
 TILE = 64  # rows and k of a weight tile, packing.TILE
+# KiB of shared memory that a block may have. An SM has one more, of which the system takes one a block.
+_SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Problem:
     def layer(self) -> "Problem":
         """The same weights as one layer, whose outputs are not gated yet."""
         return replace(self, N=2 * self.N, gated=False) if self.gated else self
+
+    @property
+    def shared_limit(self) -> int:
+        """KiB of shared memory that a block may have; what is not known has the least."""
+        return _SHARED_LIMIT.get(self.sm, 99)
 
     @property
     def groups(self) -> int:

@@ -1,43 +1,20 @@
-// What linear.cu and few.cu share: the parameters of a call, a block's place in it, the ring that its weights stream through, and
-// the sum of its warps' partial sums.
+// What linear.cu and few.cu share: a block's place in the problem, the ring that its weights stream through, and the sum of its
+// warps' partial sums. call.cuh has the equation, the layout of the weights, limits and macros.
 //
-//     y[m, n] = sum_k x[m, k] * scale[n, k/g] * (level(n, k) - zero[n, k/g]) + bias[n]
-//     level   = S << (8-bits)                      (rule round)
-//             = (S + 1/2) * 2^(8-bits) - 1/2       (rule prefix; S for 8 bits)
+// A block owns WARPS_N * ROW_TILES row tiles, GATED as many of one layer as of the other, and its share of k; its WARPS_K warps
+// take turns of K_TILES k tiles. Each lane copies its own 16-byte pieces of planes and scales, which are read like one more
+// plane, into its own slots of shared memory, STAGES turns ahead (cp.async): no barrier, and bytes in flight that cost no
+// registers. Partial sums of all warps, and of the blocks of a cluster that split k (at most 8, on sm_90 and newer), are added
+// in one fixed order from (distributed) shared memory.
 //
-// GATED: the weights are those of two layers of N rows, one after the other, and y = silu(first) * second, their results being
-// rounded to FORMAT as if they had been stored. A block has as many row tiles of one as of the other.
-//
-// Weight layout: planes[row tile][k tile][plane][lane][4 words], 64 rows x 64 k to a tile, 512 bytes a plane and tile;
-// word r of a lane belongs to the tile's rows 16r .. 16r+15 (decode.cuh has the bits). With lane = 4g + t a lane holds rows
-// 16r + g and 16r + 8 + g, and of every 16 k the four that are its part of an A operand: 2t, 2t + 1, 2t + 8, 2t + 9.
-// The first BITS + ROUND planes of a tile are read, of any number stored: one 8-bit copy serves all widths.
-// scales[row tile][group][8g + 2r + h] (h: row g or g + 8) are read like one more plane, 16 bytes a lane; so are zeros.
-//
-// A block owns WARPS_N * ROW_TILES row tiles and its share of k; its WARPS_K warps take turns of K_TILES k tiles. Each lane
-// copies its own 16-byte pieces of planes and scales into its own slots of shared memory, STAGES turns ahead (cp.async): no
-// barrier, and bytes in flight that cost no registers. Partial sums of all warps, and of the blocks of a cluster that split k,
-// are added in one fixed order from (distributed) shared memory.
-//
-// Limits: sm_80 or newer; K a multiple of 16; group_size a multiple of 16 or 0 (one group a row); k is split over at most 8
-// blocks, on sm_90 and newer.
-//
-// Compiled by NVRTC with these macros (tiles.py, defines):
-//   FORMAT       Half | BFloat: x, scales, bias, y
-//   BITS         2..8, served width
-//   ROUND        1: the slice rounds half up by one more plane (resident weights, rule round, BITS < 8)
-//   SHIFT        0: zero is 128 and levels are integers; 1: a constant is added to the levels; 2: and zeros taken off
-//   GROUP_SIZE   0 or a multiple of 16
+// Further macros:
 //   TOKEN_TILES  8-token tiles that a block of linear.cu computes
 //   ROW_TILES    64-row tiles a warp;  K_TILES  k tiles a turn, 1 or 2;  WARPS_N, WARPS_K  warps along rows and along k
 //   STAGES       turns a warp has in flight;  BLOCKS  blocks an SM the registers must allow
-//   GATED        1: see above; N is then a multiple of 64, and WARPS_N * ROW_TILES even
+//   GATED        1: see call.cuh; N is then a multiple of 64, and WARPS_N * ROW_TILES even
 #pragma once
-#include "decode.cuh"
+#include "call.cuh"
 
-using T = FORMAT;
-
-constexpr int kPlanes = BITS + ROUND;
 constexpr int kWarps = WARPS_N * WARPS_K, kThreads = 32 * kWarps;
 constexpr int kBlockTiles = WARPS_N * ROW_TILES, kRows = 64 * kBlockTiles;
 constexpr int kHalves = GATED ? 2 : 1;  // layers that an output takes a sum of
@@ -52,53 +29,6 @@ constexpr int kParts = kTurn / kPart;
 constexpr int kScaleSlab = K_TILES * kPlanes, kZeroSlab = kScaleSlab + kParts, kSlabs = kZeroSlab + (SHIFT == 2 ? 2 * kParts : 0);
 constexpr int kStageBytes = ROW_TILES * kSlabs * 512;
 constexpr int kRingBytes = kWarps * STAGES * kStageBytes;
-
-struct Params {
-  const uint16_t* x;       // (M, K), 16-byte aligned
-  const uint4* planes;     // (row_tiles, k_tiles, stored, 32 lanes) of 16 bytes; these and what follows twice if GATED
-  const uint4* scales;     // (row_tiles, groups, 64) of FORMAT
-  const uint4* zeros;      // (row_tiles, groups, 64) of float, SHIFT 2
-  const uint16_t* bias;    // (N,) or null
-  uint16_t* y;             // (M, N)
-  int M, N, K;
-  int row_tiles, k_tiles;  // N and K over 64, rounded up: the planes are padded
-  int stored;              // planes a tile in memory, at least BITS + ROUND
-  int groups;              // scales a row
-  int split_tiles;         // k tiles of one block of the cluster, a multiple of K_TILES
-  int chunk_tiles;         // linear.cu: k tiles of x in shared memory at a time, all or at least STAGES turns of all warps
-  int inbox;               // where in shared memory the blocks of a cluster leave partial sums for one another, and a barrier
-  float shift;             // SHIFT 1, 2: added to each decoded level - 128
-};
-
-// Weights are read once and pass the L1 by; scales, which neighbouring k tiles share, stay in it.
-__device__ __forceinline__ void copy_weights(uint32_t shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-__device__ __forceinline__ void copy_scales(uint32_t shared, const void* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int Pending>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
-}
-
-// Programmatic dependent launch: before wait_for_previous_grid() only weights, scales, zeros and bias may be touched.
-__device__ __forceinline__ void wait_for_previous_grid() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_next_grid_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ int group_of(int k) {
-  if constexpr (GROUP_SIZE == 0) return 0;
-  else return unsigned(k) / GROUP_SIZE;
-}
 
 // Word r of four, r known at compile time.
 __device__ __forceinline__ uint32_t word_of(const uint4& v, int r) { return r == 0 ? v.x : r == 1 ? v.y : r == 2 ? v.z : v.w; }

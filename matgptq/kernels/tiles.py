@@ -7,15 +7,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from . import hopper
+from . import hopper, many
 from .hopper import HopperConfig
+from .many import ManyConfig
 from .problem import TILE as TILE
 from .problem import Problem as Problem
 from .problem import can_implement as can_implement
 
 MAX_SPLITS = 8  # portable cluster size
-# KiB of shared memory that a block may have.
-_SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Gate:
     cluster: int = 1
 
 
-AnyConfig = Config | HopperConfig
+AnyConfig = Config | HopperConfig | ManyConfig
 
 
 def gate_follows(problem: Problem, config: AnyConfig) -> bool:
@@ -96,6 +95,8 @@ def defines(problem: Problem, config: AnyConfig | Gate) -> dict[str, str]:
     }
     if isinstance(config, HopperConfig):
         return {"KERNEL": "hopper", **of_problem, **hopper.defines(problem, config)}
+    if isinstance(config, ManyConfig):
+        return {"KERNEL": "many", **of_problem, **many.defines(config)}
     return {
         "KERNEL": "few" if config.few else "linear",
         **of_problem,
@@ -145,7 +146,9 @@ def supports(config: AnyConfig, problem: Problem) -> bool:
     """Whether a tile fits the problem and its GPU."""
     if isinstance(config, HopperConfig):
         return hopper.supports(config, problem)
-    limit = _SHARED_LIMIT.get(problem.sm, 99) * 1024
+    if isinstance(config, ManyConfig):
+        return many.supports(config, problem)
+    limit = problem.shared_limit * 1024
     split_tiles = config.split_tiles(problem)
     turn_of_all = config.warps_k * config.turn_tiles
     return (
@@ -176,16 +179,18 @@ def choose(problem: Problem) -> AnyConfig:
     if not able:
         raise ValueError(reason)
     layer = problem.layer
-    config = hopper.choose(layer) or few_choice(layer) or linear_choice(layer)
+    config = hopper.choose(layer) or few_choice(layer) or many.choose(layer) or linear_choice(layer)
     return (gated_choice(problem, config) if problem.gated else None) or config
 
 
 def gated_choice(problem: Problem, config: AnyConfig) -> AnyConfig | None:
     """A tile of the layer's as one with row tiles of both layers: where it has but one, half as many warps share its k.
 
-    None where it does not fit, or where so few more blocks than SMs would take longer than `Gate`: of 10 shapes on an
-    H200 (2026-11-23, bfloat16, 2 to 8 bits, M 1 to 8) 9728 x 2560, 12288 x 4096 and 17408 x 5120 at 8 bits.
+    None for many.cu, where it does not fit, or where so few more blocks than SMs would take longer than `Gate`: of 10
+    shapes on an H200 (2026-11-23, bfloat16, 2 to 8 bits, M 1 to 8) 9728 x 2560, 12288 x 4096 and 17408 x 5120 at 8 bits.
     """
+    if isinstance(config, ManyConfig):
+        return None
     config = replace(config, gated=True)
     if isinstance(config, HopperConfig):
         return config if supports(config, problem) else None
@@ -349,7 +354,7 @@ def with_chunk(problem: Problem, config: Config) -> Config:
 
 def fits(config: Config, problem: Problem) -> bool:
     """Whether as many blocks as a tile is compiled for fit an SM's shared memory (1 KiB of each is the system's)."""
-    capacity = (_SHARED_LIMIT.get(problem.sm, 99) + 1) * 1024
+    capacity = (problem.shared_limit + 1) * 1024
     return supports(config, problem) and config.blocks * (shared_bytes(problem, config) + 1024) <= capacity
 
 
