@@ -726,7 +726,7 @@ class Run:
 
             def copy_box(threads: Array) -> None:
                 for i, thread in enumerate(threads):
-                    data = self._box(int(address(threads)[i]), *coordinates(threads)[i])
+                    data = self._box(int(address(threads)[i]), *map(int, coordinates(threads)[i]))
                     mask = int(blocks(threads)[i]) if blocks else 0
                     others = [1 + b << _OTHER_BLOCK for b in range(self._cluster) if mask >> b & 1] if mask else [0]
                     for other in others:
