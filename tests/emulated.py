@@ -5,7 +5,6 @@ import struct
 from functools import cache
 from types import SimpleNamespace
 
-import numpy as np
 import ptx
 import torch
 
@@ -13,7 +12,6 @@ from matgptq.kernels import launch, nvrtc
 from matgptq.kernels.launch import make_launcher
 from matgptq.kernels.matmul import _check_operands
 from matgptq.kernels.packing import pack_codes, pack_scales
-from matgptq.kernels.problem import Problem
 from matgptq.kernels.tiles import choose
 from matgptq.slicing import slice_codes
 
@@ -56,7 +54,9 @@ class Gpu:
         monkeypatch.setattr(launch, "_load", self.load)
         monkeypatch.setattr(launch, "_launch_function", lambda: self.launch)
         monkeypatch.setattr(launch, "_tensor_map", lambda x, M, K, tokens: struct.pack("4Q96x", x, K, M, tokens))
-        monkeypatch.setattr(launch, "_room", lambda size, device: self.tensor(torch.full((size,), -1, dtype=torch.int8)))
+        monkeypatch.setattr(
+            launch, "_room", lambda size, device: self.tensor(torch.full((size,), -1, dtype=torch.int8))
+        )
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=sms)
         )

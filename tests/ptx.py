@@ -31,6 +31,7 @@ _TYPES = {
     **dict.fromkeys(("b16", "u16", "f16", "bf16"), np.uint16),
     **dict.fromkeys(("b32", "u32", "f16x2", "bf16x2", "u16x2"), np.uint32),
     **dict.fromkeys(("b64", "u64"), np.uint64),
+    "s8": np.int8,
     "s16": np.int16,
     "s32": np.int32,
     "s64": np.int64,
@@ -96,7 +97,7 @@ class Kernel:
         self.code: list[tuple[str, str, list[str]]] = []
         scopes: list[dict[str, str]] = []
         opened = 0
-        body = ptx[ptx.index(".entry") :]
+        body = re.sub(r"\{(?=\s*\.reg)|(?<=;)\s*(?=\})", r"\g<0>\n", ptx[ptx.index(".entry") :])
         for line in body[body.index("{") :].splitlines():
             line = line.split("//")[0].strip()
             if line == "{":
@@ -183,7 +184,7 @@ class Run:
         self._met, self._arrived = (np.zeros(blocks // cluster, int) for _ in range(2))  # at a cluster's barrier
         self._meeting = np.zeros_like(everyone)  # of the cluster's, that a thread has arrived at
         self._releases = 0  # stores that others may wait for
-        self._seen = np.full_like(everyone, -1)  # of them, when a thread last looked
+        self._seen = np.full((len(everyone), 2), -1)  # of them, when a thread last looked, and where
         self._alive = np.full(blocks, threads)
         self._ready: dict[int, Array] = {}  # place in the program -> threads there
         self._partial: dict[int, Array] = {}  # the same, waiting for the rest of their warp
@@ -346,11 +347,12 @@ class Run:
         return {place + 1: threads[over]}
 
     def _load_anew(self, kind: str, operands: list[str]) -> Jump:
-        load = self._ld(["global", kind], operands)
+        load, address = self._ld(["global", kind], operands), self._address(operands[1])
 
         def load_anew(place: int, threads: Array) -> dict[int, Array]:
-            new = self._seen[threads] < self._releases
-            self._seen[threads] = self._releases
+            now = np.stack([np.full_like(threads, self._releases), address(threads)], -1)
+            new = (self._seen[threads] != now).any(1)  # else it would read the same again
+            self._seen[threads] = now
             if not new.all():
                 self._park(place, threads[~new])
             if new.any():
