@@ -301,11 +301,13 @@ def check_gated(checks: Checks) -> None:
 
 
 def check_older_gpus(checks: Checks) -> None:
-    """The tiles of GPUs without clusters or programmatic launches, run on this one."""
-    for (kind, N), sm, bits, M in itertools.product(
-        ((Layer, 320), (GatedLayer, 128)), (80, 86), (2, 4, 7), (1, 2, 9, 40)
-    ):
+    """The tiles of GPUs without clusters, programmatic launches or wgmma, run on this one."""
+    few, many = itertools.product((320, 128), (1, 2, 9, 40)), itertools.product((8192, 20000), (66, 300, 1000))
+    for kind, sm, bits, (N, M) in itertools.product((Layer, GatedLayer), (80, 86), (2, 4, 7, 8), (*few, *many)):
+        if kind is GatedLayer and N % 64:
+            continue
         options: dict[str, Any] = {"N": N, "K": 2048, "bits": bits, "resident": bits == 4, "zeros": bits == 7}
+        options["group_size"] = 16 if bits == 7 and M == 66 else 128
         layer, x = kind(**options), tokens(M, 2048, "float16") * 0.3
         here = replace(problem_of(options, M), gated=kind is GatedLayer)
         launcher = make_launcher(here, choose(replace(here, sm=sm)), 0, programmatic=False)

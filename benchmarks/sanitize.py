@@ -16,6 +16,8 @@ from kernel_checks import Checks, GatedLayer, Layer, tokens
 
 from matgptq.kernels import launch, matmul
 from matgptq.kernels.hopper import HopperConfig
+from matgptq.kernels.many import ManyConfig
+from matgptq.kernels.tiles import AnyConfig
 
 CASES = [  # bits, M, N, K, group_size, zeros, resident
     (2, 1, 4096, 1024, 128, False, False),
@@ -64,7 +66,7 @@ GATED = [  # few.cu, linear.cu by one block and by two of a cluster, a tile that
 ]
 
 SHARE_K, PAIR = {"stream_k": True}, {"pair": True}
-TILES = [  # which `choose` takes for larger problems
+TILES: list[tuple[tuple[Any, ...], AnyConfig]] = [  # which `choose` takes for larger problems
     # stream-K: whole tiles and pieces; a wave of whole tiles before (20 tokens); many blocks a tile
     ((4, 150, 17000, 256, 64, False, False), HopperConfig(2, 1, 192, 1, 1, 1, **SHARE_K)),
     ((6, 60, 34000, 256, 128, False, True), HopperConfig(4, 2, 64, 1, 1, 1, **SHARE_K)),
@@ -80,6 +82,10 @@ TILES = [  # which `choose` takes for larger problems
     ((4, 150, 8512, 256, 64, False, False), HopperConfig(2, 1, 192, 1, 1, 1, **SHARE_K, gated=True)),
     ((6, 40, 17024, 256, 128, False, True), HopperConfig(4, 2, 48, 1, 1, 1, **SHARE_K, gated=True)),
     ((4, 1030, 3136, 256, 64, False, False), HopperConfig(2, 1, 256, 1, 1, 1, **PAIR, gated=True)),
+    # many.cu, which other GPUs take: ragged, several scales a k tile, zeros; many tokens; 64 rows
+    ((4, 70, 300, 272, 16, True, True), ManyConfig(2, 96, 3, 2)),
+    ((2, 600, 1000, 640, 128, False, False), ManyConfig(2, 128, 4, 1)),
+    ((7, 130, 601, 528, -1, False, False), ManyConfig(1, 64, 2, 4)),
 ]
 
 

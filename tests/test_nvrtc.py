@@ -8,6 +8,7 @@ import pytest
 
 from matgptq.kernels import nvrtc
 from matgptq.kernels.hopper import HopperConfig
+from matgptq.kernels.many import ManyConfig
 from matgptq.kernels.problem import Problem
 from matgptq.kernels.tiles import Gate, architecture, choose, defines, few_choice, gate_follows, linear_choice
 
@@ -103,6 +104,20 @@ def test_gated_variants_compile_without_spills(arch, compilers):
         kernel = Gate() if gate_follows(problem, config) else config
         variants.setdefault((tuple(defines(problem, kernel).items()), architecture(problem, kernel)), problem)
     assert len(variants) > 25
+    check_logs(variants, compilers)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_100", "sm_120"])
+def test_many_variants_compile_without_spills(arch, compilers):
+    variants = {}
+    for bits, M, N, dtype, kind in itertools.product(
+        (2, 4, 7, 8), (65, 1000), (4096, 28672), ("float16", "bfloat16"), KINDS
+    ):
+        problem = Problem(M, N, 4096, bits, dtype, sm=int(arch[3:]), **kind)
+        config = choose(problem)
+        if isinstance(config, ManyConfig):
+            variants.setdefault((tuple(defines(problem, config).items()), arch), problem)
+    assert len(variants) > 30
     check_logs(variants, compilers)
 
 

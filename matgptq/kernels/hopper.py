@@ -251,8 +251,8 @@ def _microseconds(p: Problem, c: HopperConfig) -> float:
     tile = c.row_tiles * p.k_tiles / c.splits * c.blocks * cycles / 1755
     if c.stream_k:  # the sums of a tile's blocks are added one after the other
         return waves * tile + 2 + 0.012 * c.row_tiles * c.tokens + 0.7 / min(waves, 1)
-    # Sums that blocks of a cluster exchange: 0.012 a row tile and token by run 6, but 0.005 by its clusters of three. The
-    # smaller does: 2560 x 9728, M = 128 20.8 by stream-K, 27.4 by such a cluster; and few tiles that were not timed change.
+    # Sums that blocks of a cluster exchange: 0.012 a row tile and token by run 6, 0.005 by its clusters of three. The
+    # smaller changes few tiles that were not timed, and mends 2560 x 9728, M = 128: 27.4 so, 20.8 by stream-K.
     exchange = 0.005 * c.row_tiles * c.tokens if c.splits > 1 else 0
     later = math.ceil(waves) - 1  # waves; those of tiles that are split begin anew
     return tile + exchange + later * (tile + (0 if c.persistent else 8))

@@ -187,7 +187,7 @@ def gated_choice(problem: Problem, config: AnyConfig) -> AnyConfig | None:
     """A tile of the layer's as one with row tiles of both layers: where it has but one, half as many warps share its k.
 
     None for many.cu, where it does not fit, or where so few more blocks than SMs would take longer than `Gate`: of 10
-    shapes on an H200 (2026-11-23, bfloat16, 2 to 8 bits, M 1 to 8) 9728 x 2560, 12288 x 4096 and 17408 x 5120 at 8 bits.
+    shapes on an H200 (2026-11-23, bfloat16, 2 to 8 bits, M 1 to 8) 9728 x 2560, 12288 x 4096 and 17408 x 5120, 8 bits.
     """
     if isinstance(config, ManyConfig):
         return None
