@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python benchmarks/gated_tiles.py --shapes 14336x4096 --bits 4 --batch-sizes 1 16 256
 
-A shape is outputs x in_features of one of the two. Results, in bfloat16, are verified against the first way.
-Exits with 2 if there is no CUDA GPU.
+A shape is outputs x in_features of one of the two. Results, in bfloat16, are verified against the first way. --out
+writes a row [M, N, K, bits, microseconds by way] for each. Exits with 2 if there is no CUDA GPU.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import argparse
 import itertools
 import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from matgptq.bench import TOLERANCE, Case, other_planes, random_layer, time_calls, tokens
+from matgptq.bench import TOLERANCE, Case, new_report, other_planes, random_layer, time_calls, tokens, write
 from matgptq.bench_linear import shape
 from matgptq.kernels.launch import Launcher, compile_tiles, make_launcher
 from matgptq.kernels.op import silu_and_mul
@@ -65,16 +66,21 @@ def main() -> None:
     parser.add_argument("--shapes", type=shape, nargs="+", metavar="NxK", required=True)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 4, 8], help="widths, bits")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="tokens a call")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("gated_tiles.py needs a CUDA GPU, and torch finds none", file=sys.stderr)
         sys.exit(2)
     device = torch.device("cuda", torch.cuda.current_device())
     major, minor = torch.cuda.get_device_capability(device)
+    report = new_report(device)
     for (N, K), bits, M in itertools.product(options.shapes, options.bits, options.batch_sizes):
         times = time_ways(Problem(M, N, K, bits, "bfloat16", sm=10 * major + minor, gated=True), device)
         shown = ", ".join(f"{name} {us:.2f}" for name, us in times.items())
         print(f"2 x {N} x {K}, {bits} bits, M = {M}: {shown} us", flush=True)
+        report["results"].append([M, N, K, bits, {name: round(us, 2) for name, us in times.items()}])
+    if options.out:
+        write(report, options.out)
 
 
 if __name__ == "__main__":

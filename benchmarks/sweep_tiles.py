@@ -4,8 +4,9 @@
 
 Each result is compared with that of the tile that `choose` takes, which `gpu_check.py` compares with float64. Tiles are
 timed twice, the second time in the opposite order, as a GPU's clock falls while it works; the geometric mean counts.
-The last columns of a row are the kernel, its tile (the fields of `tiles.Config` or `hopper.HopperConfig` in order) and
-microseconds. Exits with 1 if results differ, and with 2 if there is no CUDA GPU.
+The last columns of a row are the kernel, its tile (the fields of `tiles.Config`, `hopper.HopperConfig` or
+`many.ManyConfig` in order) and microseconds. With --sm the tiles are those of another kind of GPU, run on this one.
+Exits with 1 if results differ, and with 2 if there is no CUDA GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from matgptq.bench import TOLERANCE, Case, new_report, other_planes, random_laye
 from matgptq.bench_linear import shape
 from matgptq.kernels import hopper
 from matgptq.kernels.launch import Launcher, compile_tiles, make_launcher
-from matgptq.kernels.tiles import AnyConfig, Config, Problem, choose, defines, fits, with_chunk
+from matgptq.kernels.many import ManyConfig
+from matgptq.kernels.tiles import AnyConfig, Config, Problem, choose, defines, fits, linear_choice, supports, with_chunk
 
 WARPS = [(n, k) for n in (1, 2, 4) for k in (2, 4, 8, 16) if 4 <= n * k <= 16]
 
@@ -37,9 +39,20 @@ def every_tile(problem: Problem) -> Iterator[AnyConfig]:
     chosen = choose(problem)
     yield chosen
     others: list[AnyConfig] = [*linear_tiles(problem), *hopper_tiles(problem)]
+    if problem.sm != 90 and problem.M >= 32:
+        others = [linear_choice(problem), *many_tiles(problem)]
     for config in dict.fromkeys(others):
         blocks = -(-problem.N // config.rows) * -(-problem.M // config.tokens) * config.cluster
         if config != chosen and (blocks >= 44 or (isinstance(config, hopper.HopperConfig) and config.stream_k)):
+            yield config
+
+
+def many_tiles(problem: Problem) -> Iterator[ManyConfig]:
+    """Tiles of many.cu."""
+    most = 96 if problem.rounds else 128
+    for row_tiles, t, stages, warps in itertools.product((1, 2), (64, 96, 128), (2, 3, 4), (4, 8)):
+        config = ManyConfig(row_tiles, t, stages, warps // (2 * row_tiles))
+        if t <= most and supports(config, problem):
             yield config
 
 
@@ -112,6 +125,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="tokens a call")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16", help="type of activations")
     parser.add_argument("--group-size", type=int, default=128, help="weights that share a scale; -1: a whole row")
+    parser.add_argument("--sm", type=int, help="architecture whose tiles are timed, 80 for sm_80 (default: this GPU's)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -119,11 +133,12 @@ def main() -> None:
         sys.exit(2)
     device = torch.device("cuda", torch.cuda.current_device())
     major, minor = torch.cuda.get_device_capability(device)
+    here = 10 * major + minor
     configs = {}
     for (N, K), bits, M in itertools.product(options.shapes, options.bits, options.batch_sizes):
         case = Case(M, N, K, bits, options.dtype, options.group_size)
-        problem = Problem(M, N, K, bits, options.dtype, options.group_size, sm=10 * major + minor)
-        configs[case] = (problem, list(every_tile(problem)))
+        problem = Problem(M, N, K, bits, options.dtype, options.group_size, sm=options.sm or here)
+        configs[case] = (replace(problem, sm=here), list(every_tile(problem)))
     every = [(problem, config) for problem, found in configs.values() for config in found]
     print(f"{len(every)} tiles of {len(configs)} problems, {compile_tiles(every)} kernels", flush=True)
     report = new_report(device)
