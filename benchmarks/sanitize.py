@@ -82,10 +82,10 @@ TILES: list[tuple[tuple[Any, ...], AnyConfig]] = [  # which `choose` takes for l
     ((4, 150, 8512, 256, 64, False, False), HopperConfig(2, 1, 192, 1, 1, 1, **SHARE_K, gated=True)),
     ((6, 40, 17024, 256, 128, False, True), HopperConfig(4, 2, 48, 1, 1, 1, **SHARE_K, gated=True)),
     ((4, 1030, 3136, 256, 64, False, False), HopperConfig(2, 1, 256, 1, 1, 1, **PAIR, gated=True)),
-    # many.cu, which other GPUs take: ragged, several scales a k tile, zeros; many tokens; 64 rows
-    ((4, 70, 300, 272, 16, True, True), ManyConfig(2, 96, 3, 2)),
-    ((2, 600, 1000, 640, 128, False, False), ManyConfig(2, 128, 4, 1)),
-    ((7, 130, 601, 528, -1, False, False), ManyConfig(1, 64, 2, 4)),
+    # many.cu, which other GPUs take: ragged, several scales a k tile, zeros; many tokens; a short ring
+    ((4, 70, 300, 272, 16, True, True), ManyConfig(96, 3, 2)),
+    ((2, 600, 1000, 640, 128, False, False), ManyConfig(128, 4, 1)),
+    ((7, 130, 601, 528, -1, False, False), ManyConfig(64, 2, 2)),
 ]
 
 

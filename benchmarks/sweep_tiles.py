@@ -50,8 +50,8 @@ def every_tile(problem: Problem) -> Iterator[AnyConfig]:
 def many_tiles(problem: Problem) -> Iterator[ManyConfig]:
     """Tiles of many.cu."""
     most = 96 if problem.rounds else 128
-    for row_tiles, t, stages, warps in itertools.product((1, 2), (64, 96, 128), (2, 3, 4), (4, 8)):
-        config = ManyConfig(row_tiles, t, stages, warps // (2 * row_tiles))
+    for t, stages, blocks in itertools.product((64, 96, 128), (2, 3, 4), (1, 2)):
+        config = ManyConfig(t, stages, blocks)
         if t <= most and supports(config, problem):
             yield config
 

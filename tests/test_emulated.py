@@ -44,8 +44,8 @@ OLDER = [  # M, K, group_size and, if not for linear.cu, a tile
     (2, 576, 64, FEW),
     (3, 576, 16, None),
     (40, 576, -1, None),
-    (70, 576, 16, ManyConfig(2, 96, 2, 1)),
-    (150, 576, 64, ManyConfig(1, 64, 3, 2)),
+    (70, 576, 16, ManyConfig(96, 2, 1)),
+    (150, 576, 64, ManyConfig(64, 3, 2)),
 ]
 
 
@@ -115,7 +115,7 @@ def every_kernel():
     return [
         (Problem(2, 192, 512, 4, sm=80), None),
         (Problem(5, 192, 512, 4, sm=80), None),
-        (Problem(20, 192, 512, 4, sm=80), ManyConfig(2, 32, 3, 2)),
+        (Problem(20, 192, 512, 4, sm=80), ManyConfig(32, 3, 2)),
         (Problem(20, 192, 512, 4), None),
         (Problem(20, 192, 512, 4), HopperConfig(4, 2, 24, 1, 1, 1, stream_k=True)),
     ]
@@ -167,7 +167,7 @@ def test_faults_are_found(gpu, monkeypatch, tmp_path, name, right, wrong, found)
     monkeypatch.setattr(nvrtc, "_FOLDER", tmp_path)
     monkeypatch.setattr(emulated, "kernel", emulated.kernel.__wrapped__)
     problem, tile = {
-        "many": (Problem(50, 104, 528, 4, group_size=16, sm=80), ManyConfig(2, 32, 3, 2)),
+        "many": (Problem(50, 104, 528, 4, group_size=16, sm=80), ManyConfig(32, 3, 2)),
         "linear": (Problem(5, 100, 528, 4, group_size=16, sm=80), None),
         "hopper": (Problem(300, 600, 512, 4), HopperConfig(2, 1, 64, 1, 1, 1)),
     }[name]

@@ -111,7 +111,7 @@ def test_gated_variants_compile_without_spills(arch, compilers):
 def test_many_variants_compile_without_spills(arch, compilers):
     variants = {}
     for bits, M, N, dtype, kind in itertools.product(
-        (2, 4, 7, 8), (65, 1000), (4096, 28672), ("float16", "bfloat16"), KINDS
+        (2, 4, 7, 8), (65, 200, 1000), (4096, 28672), ("float16", "bfloat16"), KINDS
     ):
         problem = Problem(M, N, 4096, bits, dtype, sm=int(arch[3:]), **kind)
         config = choose(problem)

@@ -2,26 +2,26 @@
 // macros.
 //
 // Weights are the A operand (16 rows) of mma.sync.m16n8k16 and tokens its B operand (8 columns). A warp decodes two words of a row
-// tile, 32 rows, once for all tokens of the block. A block owns ROW_TILES row tiles, two warps to each, and all of k. Planes,
-// scales and x come a k tile at a time into a ring, STAGES - 1 ahead (cp.async); the block shares them.
+// tile, 32 rows, once for all tokens of the block. A block owns two row tiles, two warps to each, and all of k. Planes, scales
+// and x come a k tile at a time into a ring, STAGES - 1 ahead (cp.async); the block shares them.
 //
 // A weight's base and middle are taken off exactly, in 16 bits; then it is scaled, with one rounding, and sums run through all of
 // K. With zeros, weights are made in fp32. y passes through shared memory, and is stored by whole rows.
 //
 // Further macros:
-//   ROW_TILES  1 or 2;  TOKENS  of a block, a multiple of 32
-//   STAGES     k tiles in the ring, at least 2;  BLOCKS  blocks an SM the registers must allow
+//   TOKENS  of a block, a multiple of 32
+//   STAGES  k tiles in the ring, at least 2;  BLOCKS  blocks an SM the registers must allow
 #include "call.cuh"
 
 using Decode = Decoder<T, BITS, bool(ROUND), true>;
 
-constexpr int kThreads = 64 * ROW_TILES, kRows = 64 * ROW_TILES;
+constexpr int kRowTiles = 2, kThreads = 64 * kRowTiles, kRows = 64 * kRowTiles;
 constexpr int kPart = GROUP_SIZE % 64 == 0 ? 64 : GROUP_SIZE % 32 == 0 ? 32 : 16;  // k that share a scale for certain
 constexpr int kParts = 64 / kPart;
 // A stage of the ring: x, rows of 128 bytes; planes of each row tile; scales and zeros of each part and row tile.
-constexpr int kPlanesAt = TOKENS * 128, kScalesAt = kPlanesAt + ROW_TILES * kPlanes * 512;
-constexpr int kZerosAt = kScalesAt + kParts * ROW_TILES * 128;
-constexpr int kStageBytes = kZerosAt + (SHIFT == 2 ? kParts * ROW_TILES * 256 : 0);
+constexpr int kPlanesAt = TOKENS * 128, kScalesAt = kPlanesAt + kRowTiles * kPlanes * 512;
+constexpr int kZerosAt = kScalesAt + kParts * kRowTiles * 128;
+constexpr int kStageBytes = kZerosAt + (SHIFT == 2 ? kParts * kRowTiles * 256 : 0);
 constexpr int kPitch = kRows + 8;  // of a token's y in shared memory: the lanes of a store hit all banks
 constexpr int kBand = 16;          // blocks along rows that run at a time, to share x in the L2
 static_assert(TOKENS % 32 == 0 && STAGES > 1);
@@ -40,7 +40,7 @@ struct Source {
 
   __device__ __forceinline__ void fetch_weights(int k_tile, int stage) const {
     const int tile = thread() / 64, index = thread() % 64;  // one of the 64 threads of the block's row tile `tile`
-    const int row_tile = min(row_block * ROW_TILES + tile, p.row_tiles - 1);
+    const int row_tile = min(row_block * kRowTiles + tile, p.row_tiles - 1);
     const uint32_t to = ring + stage * kStageBytes;
     const uint4* const planes = p.planes + (size_t(row_tile) * p.k_tiles + k_tile) * p.stored * 32 + index;
 #pragma unroll
@@ -50,7 +50,7 @@ struct Source {
     auto copy_parts = [&](uint32_t to, const uint4* from, int pieces) {  // `pieces` of 16 bytes a part
       if (index >= kParts * pieces) return;
       const int part = index / pieces, group = min(group_of(k_tile * 64 + part * kPart), p.groups - 1);  // K may end inside
-      copy_scales(to + ((part * ROW_TILES + tile) * pieces + index % pieces) * 16,
+      copy_scales(to + ((part * kRowTiles + tile) * pieces + index % pieces) * 16,
                   from + (size_t(row_tile) * p.groups + group) * pieces + index % pieces);
     };
     copy_parts(to + kScalesAt, p.scales, 8);
@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
   const int tile = threadIdx.x / 64, first_word = threadIdx.x / 32 % 2 * 2;  // of the warp
 
   // Blocks in bands of kBand along rows, then along tokens.
-  const int row_blocks = (p.row_tiles + ROW_TILES - 1) / ROW_TILES, token_blocks = (p.M + TOKENS - 1) / TOKENS;
+  const int row_blocks = (p.row_tiles + kRowTiles - 1) / kRowTiles, token_blocks = (p.M + TOKENS - 1) / TOKENS;
   const int band = blockIdx.x / (kBand * token_blocks), rows = min(kBand, row_blocks - band * kBand);
   const int of_band = blockIdx.x - band * kBand * token_blocks;
   const int row_block = band * kBand + of_band % rows, token_block = of_band / rows;
@@ -121,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
       Decode::decode(unit, operand[r]);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        const int slot = (part * ROW_TILES + tile) * 64 + g * 8 + (first_word + r) * 2;
+        const int slot = (part * kRowTiles + tile) * 64 + g * 8 + (first_word + r) * 2;
         Scale scale = Decode::scale<SHIFT>(*reinterpret_cast<const uint32_t*>(at + kScalesAt + slot * 2));
         if constexpr (SHIFT == 2) {
           const float2 zeros = *reinterpret_cast<const float2*>(at + kZerosAt + slot * 4);

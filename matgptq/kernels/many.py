@@ -1,56 +1,48 @@
 """Tiles of many.cu, the kernel for many tokens on GPUs that hopper.cu is not for: data in, data out, no GPU needed."""
 
+import math
 from dataclasses import dataclass
 
 from .problem import TILE, Problem
 
 # Multiprocessors of a GPU of each kind, its largest where they differ.
 _SMS = {80: 108, 86: 84, 87: 16, 89: 142, 100: 148, 103: 148, 120: 188, 121: 48}
+_ROW_TILES = 2  # of a block
+# By tokens of a block: microseconds a k tile on an H200 (2026-11-23, tiles for sm_80, 4 bits), of one block on an SM and
+# of two. Three of 64 tokens fit an SM, and while others have one some do.
+_ALONE = {64: 0.54, 96: 0.69, 128: 0.86}
+_PAIR = {64: 1.16, 96: 1.14, 128: 1.46}
 
 
 @dataclass(frozen=True)
 class ManyConfig:
     """Tile of a launch; the macros of many.cu."""
 
-    row_tiles: int
     tokens: int
     stages: int
     blocks: int
     gated = False
     cluster = 1
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return 64 * self.row_tiles
-
-    @property
-    def rows(self) -> int:
-        """Weight rows of a block."""
-        return TILE * self.row_tiles
+    rows = TILE * _ROW_TILES
+    threads = 64 * _ROW_TILES
 
 
-def stage_bytes(problem: Problem, row_tiles: int, tokens: int) -> int:
+def stage_bytes(problem: Problem, tokens: int) -> int:
     """Shared memory of a k tile: x, planes, scales, zeros."""
     part = next(k for k in (64, 32, 16) if max(problem.group_size, 0) % k == 0)
     scales = TILE // part * (384 if problem.zeros else 128)
-    return tokens * 128 + row_tiles * (problem.planes * 512 + scales)
+    return tokens * 128 + _ROW_TILES * (problem.planes * 512 + scales)
 
 
 def shared_bytes(problem: Problem, config: ManyConfig) -> int:
     """Dynamic shared memory of a block: the ring, or y that takes its place."""
-    ring = config.stages * stage_bytes(problem, config.row_tiles, config.tokens)
+    ring = config.stages * stage_bytes(problem, config.tokens)
     return max(ring, config.tokens * (config.rows + 8) * 2)
 
 
 def defines(config: ManyConfig) -> dict[str, str]:
     """The macros that many.cu is compiled with, besides those of the problem."""
-    return {
-        "ROW_TILES": str(config.row_tiles),
-        "TOKENS": str(config.tokens),
-        "STAGES": str(config.stages),
-        "BLOCKS": str(config.blocks),
-    }
+    return {"TOKENS": str(config.tokens), "STAGES": str(config.stages), "BLOCKS": str(config.blocks)}
 
 
 def supports(config: ManyConfig, problem: Problem) -> bool:
@@ -59,28 +51,33 @@ def supports(config: ManyConfig, problem: Problem) -> bool:
     return config.stages > 1 and config.tokens % 32 == 0 and shared <= (problem.shared_limit + 1) * 1024
 
 
-def choose(problem: Problem) -> ManyConfig | None:
-    """The tile of many.cu for a problem; None where linear.cu is expected to be the better kernel.
+def choose(problem: Problem, linear_rows: int, linear_tokens: int) -> ManyConfig | None:
+    """The tile of many.cu for a problem; None where linear.cu, by blocks of ``linear_rows`` x ``linear_tokens``, is
+    expected to be faster.
 
-    By reckoning alone: none of these GPUs was there to measure.
+    By the time of the multiprocessor with most blocks, if it were an H200's: at 4096 x 4096, 8192 x 8192 and 28672 x
+    4096, M 48 to 1024, 4 bits, 0.6 % from the fastest in the mean, 5 % at most (2026-11-23,
+    `benchmarks/results/h200/many_tiles.json`). The GPUs that it is for were not there to measure.
     """
-    p = problem
-    # Registers for sums of 128 tokens are there where weights are made in few steps.
-    most = 96 if p.rounds or (p.zeros and p.group_size % TILE and p.group_size > 0) else 128
-    # Decoding a k tile costs about what multiplying it with 16 tokens does.
-    tokens = min((t for t in (64, 96, 128) if t <= most), key=lambda t: (-(-p.M // t) * (t + 16), -t))
-    # A warp for every scheduler, or linear.cu, whose warps share k; two, or smaller blocks, to spread them evenly.
-    warps = 2 * p.row_tiles * -(-p.M // tokens) / (4 * _SMS.get(p.sm, 108))
-    if p.M <= 64 or warps < 1:
+    p, sms = problem, _SMS.get(problem.sm, 108)
+    if p.M <= 32:
         return None
-    return _with_stages(p, 2 if warps >= 2 else 1, tokens)
 
+    def most_blocks(rows: int, tokens: int) -> int:
+        return math.ceil(-(-p.N // rows) * -(-p.M // tokens) / sms)
 
-def _with_stages(p: Problem, row_tiles: int, tokens: int) -> ManyConfig:
-    """Four warps of each of two blocks, or fewer blocks where so many would have less than two k tiles in the ring."""
-    for blocks in (4 // row_tiles, 2 // row_tiles, 1):
+    def microseconds(tokens: int) -> float:
+        pairs, alone = divmod(most_blocks(ManyConfig.rows, tokens), 2)
+        return pairs * _PAIR[tokens] + alone * _ALONE[tokens]
+
+    # Registers for sums of 128 tokens are there where weights are made in few steps.
+    most = 96 if p.rounds or (p.zeros and p.group_size > 0 and p.group_size % TILE) else 128
+    tokens = min((t for t in _PAIR if t <= most), key=microseconds)
+    if microseconds(tokens) > most_blocks(linear_rows, linear_tokens) * max(0.26, linear_rows / 390):
+        return None
+    for blocks in (2, 1):  # an SM, if each has two k tiles in its ring
         room = 1024 * (p.shared_limit + 1) // blocks - 1024
-        stages = min(room // stage_bytes(p, row_tiles, tokens), 4)
+        stages = min(room // stage_bytes(p, tokens), 4)
         if stages > 1:
             break
-    return ManyConfig(row_tiles, tokens, stages, blocks)
+    return ManyConfig(tokens, stages, blocks)

@@ -179,7 +179,7 @@ def choose(problem: Problem) -> AnyConfig:
     if not able:
         raise ValueError(reason)
     layer = problem.layer
-    config = hopper.choose(layer) or few_choice(layer) or many.choose(layer) or linear_choice(layer)
+    config = hopper.choose(layer) or few_choice(layer) or _many_or_linear(layer)
     return (gated_choice(problem, config) if problem.gated else None) or config
 
 
@@ -262,6 +262,11 @@ def _few_tiles(p: Problem) -> Iterator[Config]:
         yield tile(2, 1, 4, 3, 2)
     if rows > 66:
         yield tile(1, 1, 8, 2, 2)
+
+
+def _many_or_linear(problem: Problem) -> Config | ManyConfig:
+    config = linear_choice(problem)
+    return (many.choose(problem, config.rows, config.tokens) if problem.sm != 90 else None) or config
 
 
 def linear_choice(problem: Problem) -> Config:
