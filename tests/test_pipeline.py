@@ -10,7 +10,15 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import matgptq
 from matgptq.quantizer import pipeline
@@ -60,6 +68,24 @@ def opt():
             num_attention_heads=4,
             max_position_embeddings=128,
             word_embed_proj_dim=64,
+        )
+    )
+
+
+def gemma3():
+    """Blocks of two masks and two ropes: a window of 8 tokens, and all of them."""
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=300,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+            initializer_range=0.3,
         )
     )
 
@@ -159,7 +185,9 @@ def test_the_output_layer_on_request_unties_the_embeddings(tiny_folder, text_fil
     assert torch.equal(model.model.embed_tokens.weight, dense.model.embed_tokens.weight)
 
 
-@pytest.mark.parametrize("build", [lambda: tiny_model(tie_word_embeddings=False), opt], ids=["llama", "opt"])
+@pytest.mark.parametrize(
+    "build", [lambda: tiny_model(tie_word_embeddings=False), opt, gemma3], ids=["llama", "opt", "gemma3"]
+)
 def test_the_output_layer_is_calibrated_on_what_reaches_it(build, tmp_path):
     torch.manual_seed(0)
     model = build().eval()
