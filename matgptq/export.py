@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from .checkpoint import CheckpointError, check_values
 from .config import QuantConfig, read_widths
 from .folder import copy_side_files, new_folder
-from .hf import attach_config
+from .hf import attach_config, is_linear
 from .linear import MatGPTQLinear
 from .quantizer.gptq import QuantizedWeight
 
@@ -149,7 +149,7 @@ def convert(
     dense = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     linears = {name: module for name, module in dense.named_modules() if isinstance(module, nn.Linear)}
     for name, weight in results.items():
-        if name not in linears:
+        if not is_linear(linears.get(name)):
             raise CheckpointError(
                 f"{Path(raw) / name}: folder must be named after a linear layer of {model}, got {name}"
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -128,6 +128,13 @@ else:
     )
 
 
+def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether ``module`` is an `nn.Linear` that computes ``x W^T + b`` and no more: some subclasses route to experts."""
+    if not isinstance(module, nn.Linear):
+        return False
+    return type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
+
+
 def insert_layers(
     model: nn.Module, tensors: Mapping[str, StoredTensor], layers: Mapping[str, StoredLayer], config: QuantConfig
 ) -> dict[str, Path]:
@@ -142,7 +149,7 @@ def insert_layers(
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, layer in layers.items():
         options = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-        place = next((option for option in options if option in linears), None)
+        place = next((option for option in options if is_linear(linears.get(option))), None)
         file = tensors[f"{name}.qweight"].file
         if place is None:
             if "." in name and any(linear.rpartition(".")[0] == name.rpartition(".")[0] for linear in linears):

@@ -14,19 +14,24 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     OPTConfig,
     OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 import matgptq
+from matgptq.hf import is_linear
 from matgptq.quantizer import pipeline
 from matgptq.quantizer.hessian import HessianHooks
 from matgptq.quantizer.pipeline import quantize
 from matgptq.quantizer.stages import BlockRunner, find_blocks, find_stages
 
 METHOD = matgptq.Method(group_size=16)
+ROUNDED = matgptq.Method(group_size=16, feedback=False)
 TOKENS = {"samples": 4, "sequence_length": 32, "progress": False}
 
 
@@ -163,7 +168,7 @@ def test_two_processes_give_the_codes_of_one(tiny_folder, text_file, tmp_path):
 
 
 def test_round_to_nearest_needs_no_text(tiny_folder, tmp_path):
-    quantize(tiny_folder, tmp_path / "out", matgptq.Method(group_size=16, feedback=False), progress=False)
+    quantize(tiny_folder, tmp_path / "out", ROUNDED, progress=False)
     assert matgptq.load(tmp_path / "out", bits=4)
 
 
@@ -307,6 +312,22 @@ def test_a_dataset_needs_its_package(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"calibration wiki is no file, .* needs: pip install datasets"):
         run(tiny_folder, tmp_path / "out", "wiki")
+
+
+def test_linear_layers_that_route_to_experts_stay_dense(tmp_path):
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "intermediate_size_mlp": 96}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = Llama4TextConfig(**sizes, **heads, num_hidden_layers=1, num_local_experts=2, pad_token_id=0)
+    folder = save(Llama4ForCausalLM(config), tmp_path / "dense")
+    quantize(folder, tmp_path / "out", ROUNDED, progress=False)
+    model = matgptq.load(tmp_path / "out", dtype=torch.float32)
+    assert model.model.layers[0].feed_forward.router.weight.dtype == torch.float32
+    with torch.no_grad():
+        assert model(torch.arange(3, 35).view(1, -1)).logits.isfinite().all()
+
+
+def test_linear_layers_that_spell_out_the_product_are_quantised():
+    assert is_linear(FalconLinear(16, 16))
 
 
 def test_a_model_without_blocks_is_refused():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..hf import is_linear
 from .distributed import rank, world
 from .gptq import QuantizedWeight
 
@@ -34,7 +35,7 @@ def find_stages(model: PreTrainedModel, include: Sequence[str], exclude: Sequenc
     stages = []
     for block in blocks:
         name = names[id(block)]
-        linears = {f"{name}.{n}": m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        linears = {f"{name}.{n}": m for n, m in block.named_modules() if is_linear(m)}
         chosen = {n: m for n, m in linears.items() if _matches(n, include) and not _matches(n, exclude)}
         stages.append(Stage(name, block, chosen))
     if not any(stage.linears for stage in stages):
@@ -43,7 +44,7 @@ def find_stages(model: PreTrainedModel, include: Sequence[str], exclude: Sequenc
         )
     if lm_head:
         head = model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
+        if not is_linear(head):
             raise ValueError(f"lm_head must be a linear layer to be quantised, got {type(head).__name__}")
         name = names[id(head)]
         if model.config.get_text_config().tie_word_embeddings:
