@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import is_accelerate_available
 
 from .checkpoint import CheckpointError, check_values
 from .config import QuantConfig, read_widths
@@ -46,12 +47,27 @@ def insert_results(model: nn.Module, results: Mapping[str, QuantizedWeight], con
 
 
 def write_model(model: PreTrainedModel, config: QuantConfig, source: str | Path, tokenizer: Any, folder: Path) -> None:
-    """Save a model with quantised layers, its config, its tokenizer and the other files of the folder ``source``."""
+    """Save a model with quantised layers, its config, its tokenizer and the other files of the folder ``source``.
+
+    Raises:
+        ValueError: Transformers cannot load what was written: some models expect a linear layer where they have one.
+    """
     attach_config(model, config)
+    if isinstance(model.get_output_embeddings(), MatGPTQLinear):
+        model.config.tie_word_embeddings = False
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if Path(source).is_dir():
         copy_side_files(Path(source), folder)
+    device = "meta" if is_accelerate_available() else None  # without it Transformers can only load in earnest
+    try:
+        _, found = AutoModelForCausalLM.from_pretrained(folder, device_map=device, output_loading_info=True)
+    except Exception as error:  # the model's own code runs
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        reason = f"no {', '.join(sorted(found['missing_keys']))}" if found["missing_keys"] else ""
+    if reason:
+        raise ValueError(f"model must load with its linear layers quantised, got {reason} ({source})")
 
 
 def read_raw(folder: str | Path) -> dict[str, QuantizedWeight]:

@@ -129,7 +129,7 @@ else:
 
 
 def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
-    """Whether ``module`` is an `nn.Linear` that computes ``x W^T + b`` and no more: some subclasses route to experts."""
+    """Whether ``module`` is an `nn.Linear` that computes ``x W^T + b`` alone: some subclasses route to experts."""
     if not isinstance(module, nn.Linear):
         return False
     return type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
@@ -170,7 +170,10 @@ def insert_layers(
         parent, _, child = place.rpartition(".")
         module = layer.module(config, device=linears[place].weight.device)
         module.name = place
-        setattr(model.get_submodule(parent), child, module)
+        owner = model.get_submodule(parent)
+        setattr(owner, child, module)
+        if not owner._non_persistent_buffers_set:  # some models begin by filling the weights of the linear layers here
+            owner._is_hf_initialized = True  # type: ignore[assignment]
     return {place: tensors[f"{layer.name}.qweight"].file for place, layer in places.items()}
 
 

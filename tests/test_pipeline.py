@@ -16,6 +16,8 @@ from transformers import (
     Gemma3TextConfig,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Qwen2Config,
@@ -324,6 +326,13 @@ def test_linear_layers_that_route_to_experts_stay_dense(tmp_path):
     assert model.model.layers[0].feed_forward.router.weight.dtype == torch.float32
     with torch.no_grad():
         assert model(torch.arange(3, 35).view(1, -1)).logits.isfinite().all()
+
+
+def test_a_model_that_fills_the_weights_of_its_linear_layers_loads(tmp_path):
+    sizes = {"vocab_size": 300, "hidden_size": 64, "state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1}
+    folder = save(Mamba2ForCausalLM(Mamba2Config(**sizes, num_hidden_layers=1)), tmp_path / "dense")
+    quantize(folder, tmp_path / "out", ROUNDED, progress=False)
+    assert len(matgptq.quantized_layers(matgptq.load(tmp_path / "out"))) == 2
 
 
 def test_linear_layers_that_spell_out_the_product_are_quantised():

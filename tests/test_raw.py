@@ -9,7 +9,7 @@ import torch
 from folders import read_tensors
 
 import matgptq
-from matgptq import CheckpointError, convert, dequantize, quantized_layers
+from matgptq import CheckpointError, convert, dequantize, hf, quantized_layers
 from matgptq.checkpoint import check_folder
 from matgptq.export import read_raw
 
@@ -191,6 +191,22 @@ def test_a_converted_folder_loads_and_computes_with_the_raw_weights(tmp_path, ti
         weights = dequantize(values["qweight"], values["scale"], values["zero"], bits=4, group_size=GROUP)
         order = torch.arange(columns) if values["perm"] is None else values["perm"]
         assert torch.equal(loaded[name](torch.eye(columns)).t()[:, order], weights)
+
+
+def test_a_raw_output_layer_unties_the_embeddings(tmp_path, tiny_folder):
+    layer = {"qweight": torch.full((300, 64), 130, dtype=torch.uint8), "scale": torch.ones(300, 2).half()}
+    convert(write_raw(tmp_path / "raw", {"lm_head": layer}), tiny_folder, tmp_path / "out")
+    model = matgptq.load(tmp_path / "out")
+    assert (model.lm_head(torch.eye(64)) == 2).all()
+    assert torch.equal(model.model.embed_tokens.weight, read_tensors(tiny_folder)["model.embed_tokens.weight"])
+
+
+def test_a_folder_that_could_not_be_loaded_is_not_left_behind(tmp_path, tiny_folder, monkeypatch):
+    raw = write_raw(tmp_path / "raw", {UP: GOOD})
+    monkeypatch.setattr(hf, "insert_layers", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match="model must load with its linear layers quantised, got ZeroDivisionError: "):
+        convert(raw, tiny_folder, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [raw]
 
 
 def test_zeros_at_the_middle_code_are_none(tmp_path, tiny_folder):

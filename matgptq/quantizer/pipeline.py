@@ -156,8 +156,6 @@ def quantize(
         for stage in stages:
             insert_results(dense, stage.results, config)
         dense.to(stored_dtype)
-        if lm_head:
-            dense.config.tie_word_embeddings = False
         finished = partial.folder / "model"
         shutil.rmtree(finished, ignore_errors=True)
         write_model(dense, config, model, tokenizer, finished)

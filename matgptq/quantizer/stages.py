@@ -112,7 +112,7 @@ class BlockRunner:
         del self._known
 
     def _probe(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._is_tuple = isinstance(output, tuple)
+        self._others = len(output) - 1 if isinstance(output, tuple) else None
         raise _CaughtInputs
 
     def _catch(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +145,7 @@ class BlockRunner:
 
     def _returned(self, hidden: Tensor) -> Any:
         """``hidden`` in the form in which the model's blocks return it."""
-        return (hidden,) if self._is_tuple else hidden
+        return hidden if self._others is None else (hidden, *[None] * self._others)
 
     def run(self, stage: Stage) -> None:
         """Run one stage over all batches; what comes out of a block goes into the next."""
@@ -156,7 +156,7 @@ class BlockRunner:
         for i, call in enumerate(self._calls[stage.block]):
             args, kwargs = _move(call, self._device)
             output = block(self._hidden[i].to(self._device), *args, **kwargs)
-            self._hidden[i] = (output[0] if self._is_tuple else output).to("cpu")
+            self._hidden[i] = (output[0] if isinstance(output, tuple) else output).to("cpu")
         block.to("cpu")
 
     def _run_head(self, head: nn.Linear) -> None:
