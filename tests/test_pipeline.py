@@ -1,6 +1,8 @@
 """Quantising whole (tiny) models: what is written, interrupted runs, patterns, other architectures, two processes."""
 
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -122,38 +124,73 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tiny_folder, te
     assert contents(tmp_path / "a")["model.safetensors"] != contents(tmp_path / "c")["model.safetensors"]
 
 
-def test_an_interrupted_run_goes_on_after_its_last_finished_block(tiny_folder, text_file, tmp_path, monkeypatch):
-    run(tiny_folder, tmp_path / "whole", text_file)
+@pytest.fixture
+def unfinished(tiny_folder, text_file, tmp_path, monkeypatch):
+    """What a run that was stopped in its second block has left; the model is ``dense`` beside it."""
+
+    def stop_in_the_second(weight, *args, where, **kwargs):
+        if "layers.1" in where:
+            raise KeyboardInterrupt
+        return matgptq.quantizer.quantize_weight(weight, *args, where=where, **kwargs)
+
+    shutil.copytree(tiny_folder, tmp_path / "dense")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "quantize_weight", stop_in_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "dense", tmp_path / "out", text_file)
+    assert not (tmp_path / "out").exists()
+    return tmp_path / "out.partial"
+
+
+@pytest.mark.parametrize("size", [None, 0, 1000], ids=["whole", "empty", "truncated"])
+def test_an_interrupted_run_goes_on_after_its_last_finished_block(unfinished, size, text_file, tmp_path, monkeypatch):
+    if size is not None:
+        os.truncate(unfinished / "stage-0000.safetensors", size)
     done = []
 
-    def interrupted(weight, *args, where, **kwargs):
-        if "layers.1" in where and len(done) == 9:
-            raise KeyboardInterrupt
+    def watched(weight, *args, where, **kwargs):
         done.append(where)
         return matgptq.quantizer.quantize_weight(weight, *args, where=where, **kwargs)
 
-    monkeypatch.setattr(pipeline, "quantize_weight", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny_folder, tmp_path / "out", text_file)
-    assert not (tmp_path / "out").exists()
-    done.append("stop interrupting")
-    run(tiny_folder, tmp_path / "out", text_file)
-    assert all("layers.1" in name for name in done[10:])
-    assert len(done[10:]) == 7
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    monkeypatch.setattr(pipeline, "quantize_weight", watched)
+    report = run(tmp_path / "dense", tmp_path / "out", text_file)
+    assert len(done) == (7 if size is None else 14)
+    assert all("layers.1" in name for name in done[-7:])
+    assert report.errors == run(tmp_path / "dense", tmp_path / "again", text_file).errors
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
 
 
-def test_an_unfinished_run_with_other_arguments_is_not_mixed_in(tiny_folder, text_file, tmp_path, monkeypatch):
-    def stop(*_, **__):
-        raise KeyboardInterrupt
+def test_an_unfinished_run_with_other_arguments_is_not_mixed_in(unfinished, text_file, tmp_path):
+    os.utime(tmp_path / "dense" / "model.safetensors")
+    message = r"unfinished run with other arguments: .*out.partial differs in method, config, weight files; remove it"
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "dense", tmp_path / "out", text_file, matgptq.Method(group_size=32))
+    (unfinished / "arguments.json").write_text("")
+    with pytest.raises(ValueError, match=r"out.partial/arguments.json: file must be JSON"):
+        run(tmp_path / "dense", tmp_path / "out", text_file)
 
-    monkeypatch.setattr(pipeline, "quantize_weight", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny_folder, tmp_path / "out", text_file)
-    with pytest.raises(
-        ValueError, match=r"unfinished run with other arguments: .*out.partial differs in method, config"
-    ):
-        run(tiny_folder, tmp_path / "out", text_file, matgptq.Method(group_size=32))
+
+def test_a_run_without_a_finished_block_does_not_stand_in_the_way(unfinished, tmp_path):
+    (unfinished / "stage-0000.safetensors").unlink()
+    (unfinished / "arguments.json").write_text("")
+    quantize(tmp_path / "dense", tmp_path / "out", ROUNDED, progress=False)
+    assert not unfinished.exists()
+
+
+def test_two_runs_do_not_share_a_folder(unfinished, text_file, tmp_path):
+    with (unfinished / "matgptq.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(FileExistsError, match=r"out must not be written by another run, got one that holds .*lock"):
+            run(tmp_path / "dense", tmp_path / "out", text_file)
+    run(tmp_path / "dense", tmp_path / "out", text_file)
+
+
+def test_a_folder_of_something_else_is_not_taken_for_an_unfinished_run(tiny_folder, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").touch()
+    with pytest.raises(FileExistsError, match=r"out must leave .*out.partial to the unfinished run"):
+        quantize(tiny_folder, tmp_path / "out", ROUNDED, progress=False)
+    assert (tmp_path / "out.partial" / "mine").exists()
 
 
 def test_two_processes_give_the_codes_of_one(tiny_folder, text_file, tmp_path):
@@ -258,6 +295,7 @@ def test_other_decoders_with_biases(build, method, text_file, tmp_path):
     [
         ({"samples": 10**6}, ValueError, r"samples must be at most \d+, the sequences of 32 tokens in .*, got 1000000"),
         ({"samples": 0}, ValueError, "samples must be positive, got 0"),
+        ({"batch_size": 0}, ValueError, "batch_size must be positive, got 0"),
         ({"include": ["nothing"]}, ValueError, r"include must match linear layers of the decoder, got \('nothing',\)"),
         (
             {"method": matgptq.Method(group_size=128)},
