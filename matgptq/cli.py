@@ -60,10 +60,11 @@ def quantize(options: argparse.Namespace) -> dict[str, Any]:
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
             torch.cuda.set_device(device)
     master_bits = MAX_BITS
-    widths, lambdas = tuple(options.widths), options.lambdas and tuple(options.lambdas)
+    widths, lambdas = tuple(options.widths or (3, 4, 8)), options.lambdas and tuple(options.lambdas)
     if options.method != "matgptq":
-        if options.lambdas:
-            raise ValueError(f"--lambdas goes with --method matgptq, got --method {options.method}")
+        for name in ("widths", "lambdas"):
+            if getattr(options, name):
+                raise ValueError(f"--{name} goes with --method matgptq, got --method {options.method}")
         if options.method == "gptq":
             if options.bits is None:
                 raise ValueError("--method gptq needs --bits, the one width to quantise for")
@@ -294,7 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help="model folder, or name on the Hugging Face hub")
     sub.add_argument("--out", required=True, type=Path, help="folder to write; must be new")
     sub.add_argument("--method", choices=("matgptq", "gptq", "rtn"), default="matgptq", help="rtn: round to nearest")
-    sub.add_argument("--widths", type=int, nargs="+", default=[3, 4, 8], help="trained widths, bits (matgptq)")
+    sub.add_argument("--widths", type=int, nargs="+", help="trained widths, bits (3 4 8)")
     sub.add_argument(
         "--lambdas", type=float, nargs="+", help="weight of each width's squared error (1; 512 for 8 bits)"
     )

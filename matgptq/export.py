@@ -13,7 +13,7 @@ from transformers.utils import is_accelerate_available
 
 from .checkpoint import CheckpointError, check_values
 from .config import QuantConfig, read_widths
-from .folder import copy_side_files, new_folder
+from .folder import check_new, copy_side_files, new_folder
 from .hf import attach_config, is_linear
 from .linear import MatGPTQLinear
 from .quantizer.gptq import QuantizedWeight
@@ -149,7 +149,12 @@ def convert(
         CheckpointError: a raw file is broken, or does not fit the base model.
         FileExistsError: ``out`` is there already.
     """
+    check_new(out)
     results = read_raw(raw)
+    per_layer = {} if widths is None else read_widths(widths)
+    for name in per_layer:
+        if name not in results:
+            raise CheckpointError(f"{widths}: lines must name layers of {raw}, got {name!r}")
     groups = {(w.codes.shape[1] // w.scales.shape[1], w.scales.shape[1]) for w in results.values()}
     sizes = {size for size, _ in groups}
     if len(sizes) > 1 and any(count > 1 for _, count in groups):
@@ -172,10 +177,6 @@ def convert(
         if weight.codes.shape != linears[name].weight.shape:
             want, got = tuple(linears[name].weight.shape), tuple(weight.codes.shape)
             raise CheckpointError(f"{Path(raw) / name / 'data.pt'}: qweight must have shape {want}, got {got}")
-    per_layer = {} if widths is None else read_widths(widths)
-    for name in per_layer:
-        if name not in results:
-            raise CheckpointError(f"{widths}: lines must name layers of {raw}, got {name!r}")
     config = QuantConfig(
         bits=bits,
         master_bits=master_bits,

@@ -213,6 +213,8 @@ def attach_config(model: PreTrainedModel, config: QuantConfig) -> None:
 def served_config(model: nn.Module, config: QuantConfig) -> QuantConfig:
     """``config`` with the widths that the layers of ``model`` serve now: the commonest one, and the exceptions."""
     widths = {name: layer.bits for name, layer in quantized_layers(model).items()}
+    if not widths:
+        raise ValueError("model must have MatGPTQLinear layers to be saved as a quantised one, got none")
     common = max(set(widths.values()), key=lambda b: (list(widths.values()).count(b), b))
     exceptions = {name: bits for name, bits in widths.items() if bits != common}
     values = {**config.to_dict(), "bits": common, "bits_per_layer": exceptions}

@@ -139,6 +139,11 @@ def test_a_full_disk_is_an_error_of_one_line(nested, tmp_path, monkeypatch, caps
         (["quantize", "{dense}", "--out", "{tmp}/x", "--method", "gptq"], "--method gptq needs --bits"),
         (["quantize", "{dense}", "--out", "{tmp}/x"], "calibration must name a text"),
         (["quantize", "{dense}", "--out", "{tmp}/x", "--method", "rtn", "--lambdas", "1"], "--lambdas goes with"),
+        (["quantize", "{dense}", "--out", "{tmp}/x", "--method", "rtn", "--widths", "4"], "--widths goes with"),
+        (
+            ["quantize", "{dense}", "--out", "{tmp}/x", "--method", "rtn", "--own-scales", "4"],
+            "with own_scales, got None",
+        ),
         (["convert", "{tmp}", "--model", "{dense}", "--out", "{tmp}/x"], "folder must hold <layer name>/data.pt"),
     ],
 )

@@ -296,14 +296,16 @@ def test_other_decoders_with_biases(build, method, text_file, tmp_path):
         ({"samples": 10**6}, ValueError, r"samples must be at most \d+, the sequences of 32 tokens in .*, got 1000000"),
         ({"samples": 0}, ValueError, "samples must be positive, got 0"),
         ({"batch_size": 0}, ValueError, "batch_size must be positive, got 0"),
-        ({"include": ["nothing"]}, ValueError, r"include must match linear layers of the decoder, got \('nothing',\)"),
+        ({"include": ["*", "no"]}, ValueError, "include must match linear layers of the model, got 'no' which matches"),
+        ({"exclude": ["no"]}, ValueError, "exclude must match linear layers of the model, got 'no' which matches none"),
+        ({"exclude": ["*"]}, ValueError, r"include must match linear layers of the decoder, got \('\*',\) without"),
         (
             {"method": matgptq.Method(group_size=128)},
             ValueError,
             r"group_size must divide in_features = 64, got 128 \(model",
         ),
         ({"bits": 9}, ValueError, "bits must be an integer from 2 to 8, got 9"),
-        ({"text": None}, ValueError, "calibration must name a text unless"),
+        ({"text": None}, ValueError, "calibration must name a text for a method with feedback"),
         ({"text": "missing.txt"}, FileNotFoundError, "calibration must be a file or a dataset name, got missing.txt"),
     ],
 )
@@ -327,10 +329,22 @@ def test_a_quantised_model_is_not_quantised_again(tiny_folder, text_file, tmp_pa
         run(tmp_path / "out", tmp_path / "again", text_file)
 
 
-def test_jsonl_calibration_names_the_broken_line(tiny_folder, tmp_path):
-    text = tmp_path / "text.jsonl"
-    text.write_text('{"text": "fine"}\n{"texts": "not"}\n')
-    with pytest.raises(ValueError, match=r"text.jsonl, line 2: lines must be JSON objects with a string 'text'"):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "x.jsonl",
+            b'{"text": "fine"}\n{"texts": "not"}\n',
+            "x.jsonl, line 2: lines must be JSON objects with a string",
+        ),
+        ("x.jsonl", b"\xff", "x.jsonl: file must be UTF-8 text, got 'utf-8' codec"),
+        ("x.txt", b"\xff", "x.txt: file must be UTF-8 text, got 'utf-8' codec"),
+    ],
+)
+def test_a_broken_calibration_file_is_refused_by_name(name, content, message, tiny_folder, tmp_path):
+    text = tmp_path / name
+    text.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
         run(tiny_folder, tmp_path / "out", text)
 
 

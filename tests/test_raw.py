@@ -276,10 +276,10 @@ def test_codes_above_the_master_width_are_refused(tmp_path, tiny_folder):
         convert(raw, tiny_folder, tmp_path / "out", bits=4, master_bits=4)
 
 
-def test_a_folder_that_is_there_is_not_written_over(tmp_path, tiny_folder):
+def test_a_folder_that_is_there_is_not_written_over(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("mine")
     with pytest.raises(FileExistsError, match=re.escape(f"out must be a new or an empty folder, got {out}")):
-        convert(write_raw(tmp_path / "raw", {UP: GOOD}), tiny_folder, out)
+        convert(tmp_path / "raw", "nowhere", out)  # found before anything is read
     assert (out / "mine").read_text() == "mine"

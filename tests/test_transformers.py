@@ -118,6 +118,15 @@ def test_save_pretrained_keeps_codes_and_the_widths_served(folder, tmp_path):
     assert set(widths.values()) == {3, 4, 6}
 
 
+def test_a_model_without_quantised_layers_is_not_saved_as_a_quantised_one(folder, tmp_path):
+    model = matgptq.load(folder)
+    model.model.layers = torch.nn.ModuleList()
+    with pytest.raises(
+        ValueError, match="model must have MatGPTQLinear layers to be saved as a quantised one, got none"
+    ):
+        model.save_pretrained(tmp_path / "saved")
+
+
 @pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
 def test_a_folder_cut_to_a_width_serves_the_same_model(folder, tmp_path, bits):
     matgptq.slice_folder(folder, tmp_path / "cut", bits)

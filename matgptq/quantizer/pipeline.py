@@ -109,7 +109,8 @@ def quantize(
     out = Path(out).resolve()
     bits = method.master_bits if bits is None else check_bits(bits, most=method.master_bits)
     if method.needs_hessian and calibration is None:
-        raise ValueError("calibration must name a text unless the method is round-to-nearest, got None")
+        needs = "feedback" if method.feedback else "act_order" if method.act_order else "own_scales"
+        raise ValueError(f"calibration must name a text for a method with {needs}, got None")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     report, clock = Report(out), _Clock()
 

@@ -32,6 +32,7 @@ def find_stages(model: PreTrainedModel, include: Sequence[str], exclude: Sequenc
     """The decoder's blocks, with the linear layers that the patterns choose, and the output layer on request."""
     blocks = find_blocks(model)
     names = {id(module): name for name, module in model.named_modules()}
+    _check_patterns(model, include, exclude)
     stages = []
     for block in blocks:
         name = names[id(block)]
@@ -51,6 +52,16 @@ def find_stages(model: PreTrainedModel, include: Sequence[str], exclude: Sequenc
             head.weight = nn.Parameter(head.weight.detach().clone(), False)
         stages.append(Stage(name, None, {name: head}))
     return stages
+
+
+def _check_patterns(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(_matches(name, [pattern]) for name in linears):
+                raise ValueError(
+                    f"{argument} must match linear layers of the model, got {pattern!r} which matches none"
+                )
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
