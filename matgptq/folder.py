@@ -124,8 +124,9 @@ def check_new(out: str | Path) -> None:
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out must be a new or an empty folder, got {out}")
-    if out.is_mount() or out.resolve() == Path.cwd():
-        kind = "a mount point" if out.is_mount() else "the working folder"
+    place = out.resolve()
+    if place.is_mount() or place == Path.cwd():
+        kind = "a mount point" if place.is_mount() else "the working folder"
         raise FileExistsError(f"out must be a folder that can be replaced, got {kind}, {out}: name a folder in it")
 
 
