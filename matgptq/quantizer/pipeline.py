@@ -106,13 +106,13 @@ def quantize(
     if batch_size <= 0:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     check_new(out)
+    report, clock = Report(Path(out)), _Clock()
     out = Path(out).resolve()
     bits = method.master_bits if bits is None else check_bits(bits, most=method.master_bits)
     if method.needs_hessian and calibration is None:
         needs = "feedback" if method.feedback else "act_order" if method.act_order else "own_scales"
         raise ValueError(f"calibration must name a text for a method with {needs}, got None")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    report, clock = Report(out), _Clock()
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     dense = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
