@@ -121,10 +121,12 @@ def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a folder: those that its index names, else ``model.safetensors``.
 
     Raises:
-        CheckpointError: the index is broken, or a file is not there.
+        CheckpointError: the index is broken, a file is not there, or there is a single file beside an index.
     """
     folder = Path(folder)
     index = folder / INDEX
+    if index.exists() and (folder / WEIGHTS).exists():  # Transformers would read the one, and others the other
+        raise CheckpointError(f"{folder}: folder must have {WEIGHTS} or {INDEX}, got both")
     if not index.exists():
         files = [folder / WEIGHTS]
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from . import __version__, bench_linear
 from .config import QuantConfig, read_widths
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check_device(getattr(options, "device", None))
         result: dict[str, Any] = options.run(options)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:  # the last one: disk full
         print(f"matgptq {options.command}: error: {error}", file=sys.stderr)
         return 2
     except ArithmeticError as error:  # a kernel's result was wrong
@@ -58,10 +60,11 @@ def quantize(options: argparse.Namespace) -> dict[str, Any]:
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
             torch.cuda.set_device(device)
     master_bits = MAX_BITS
-    widths, lambdas = tuple(options.widths), options.lambdas and tuple(options.lambdas)
+    widths, lambdas = tuple(options.widths or (3, 4, 8)), options.lambdas and tuple(options.lambdas)
     if options.method != "matgptq":
-        if options.lambdas:
-            raise ValueError(f"--lambdas goes with --method matgptq, got --method {options.method}")
+        for name in ("widths", "lambdas"):
+            if getattr(options, name):
+                raise ValueError(f"--{name} goes with --method matgptq, got --method {options.method}")
         if options.method == "gptq":
             if options.bits is None:
                 raise ValueError("--method gptq needs --bits, the one width to quantise for")
@@ -163,9 +166,17 @@ def eval_(options: argparse.Namespace) -> dict[str, Any]:
 
     from .evaluate import WidthResult, evaluate, model_bytes, perplexity, plot, read_tokens
     from .hf import load
+    from .plots import check_path
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokens = read_tokens(options.text, tokenizer, options.tokens, options.sequence_length)
+    folder_bytes = info_of(options.model)["bytes_by_width"]
+    widths = options.bits or [bits for bits in WIDTHS if str(bits) in folder_bytes]
+    if not set(map(str, widths)) <= set(folder_bytes) or not widths:
+        served = ", ".join(folder_bytes) or "no width: its layers are cut to different ones"
+        raise ValueError(f"--bits must be among what all layers of {options.model} serve, {served}, got {widths}")
+    if options.plot:
+        check_path(options.plot)
     dense = None
     if options.dense:
         base = AutoModelForCausalLM.from_pretrained(options.dense, dtype="auto")
@@ -174,9 +185,8 @@ def eval_(options: argparse.Namespace) -> dict[str, Any]:
         value = perplexity(base, tokens, batch_size=options.batch_size, progress=None if options.quiet else "dense")
         dense = WidthResult(16, value, size)
         del base
-    folder_bytes = info_of(options.model)["bytes_by_width"]
     model = load(options.model, dtype=_dtype(options), device=options.device)
-    results = evaluate(model, tokens, options.bits, batch_size=options.batch_size, progress=not options.quiet)
+    results = evaluate(model, tokens, widths, batch_size=options.batch_size, progress=not options.quiet)
     results = [WidthResult(r.bits, r.perplexity, folder_bytes.get(str(r.bits), r.nbytes)) for r in results]
     print(f"{'width':>7}  {'perplexity':>12}  {'weights (MB)':>12}")
     for row in (*([dense] if dense else []), *results):
@@ -184,12 +194,11 @@ def eval_(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{name:>7}  {row.perplexity:12.2f}  {row.nbytes / 1e6:12.1f}")
     if options.plot:
         plot(results, options.plot, dense=dense)
-    widths = {str(r.bits): {"perplexity": r.perplexity, "bytes": r.nbytes} for r in results}
     return {
         "model": str(options.model),
-        "dense_perplexity": dense and dense.perplexity,
+        "dense_perplexity": dense and _finite(dense.perplexity),
         "dense_bytes": dense and dense.nbytes,
-        "widths": widths,
+        "widths": {str(r.bits): {"perplexity": _finite(r.perplexity), "bytes": r.nbytes} for r in results},
     }
 
 
@@ -232,6 +241,11 @@ def dummy(options: argparse.Namespace) -> dict[str, Any]:
     )
     print(f"wrote {options.out}: {_folder_bytes(options.out) / 1e6:.1f} MB of weights")
     return {"out": str(options.out), "bytes": _folder_bytes(options.out)}
+
+
+def _finite(value: float) -> float | None:
+    """``value``, or None, which JSON has a word for, where it is infinite or not a number."""
+    return value if math.isfinite(value) else None
 
 
 def _folder_bytes(folder: str | Path) -> int:
@@ -281,7 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help="model folder, or name on the Hugging Face hub")
     sub.add_argument("--out", required=True, type=Path, help="folder to write; must be new")
     sub.add_argument("--method", choices=("matgptq", "gptq", "rtn"), default="matgptq", help="rtn: round to nearest")
-    sub.add_argument("--widths", type=int, nargs="+", default=[3, 4, 8], help="trained widths, bits (matgptq)")
+    sub.add_argument("--widths", type=int, nargs="+", help="trained widths, bits (3 4 8)")
     sub.add_argument(
         "--lambdas", type=float, nargs="+", help="weight of each width's squared error (1; 512 for 8 bits)"
     )
@@ -337,7 +351,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("eval", eval_, "Measure perplexity on a text file at each width.")
     sub.add_argument("model", help="quantised model folder")
     sub.add_argument("--text", required=True, type=Path, help="text file that calibrated nothing")
-    sub.add_argument("--bits", type=int, nargs="+", default=list(WIDTHS), help="widths, bits")
+    sub.add_argument("--bits", type=int, nargs="+", help="widths, bits (those of 8 6 4 3 2 that the folder serves)")
     sub.add_argument("--tokens", type=int, default=8192, help="tokens of the text to use, from its start")
     sub.add_argument("--sequence-length", type=int, default=1024, help="tokens in a sequence")
     sub.add_argument("--batch-size", type=int, default=1, help="sequences in a forward pass")

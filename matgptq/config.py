@@ -6,8 +6,9 @@ Keys and their meaning are in ``docs/format.md``. The upstream names (``master_b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,15 @@ def _our_keys(values: dict[str, Any], where: str) -> dict[str, Any]:
     return ours
 
 
+@contextlib.contextmanager
+def utf8(path: str | Path) -> Iterator[None]:
+    """What reads ``path`` as UTF-8 text raises a ValueError that names the file where it is none."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: file must be UTF-8 text, got {error}") from None
+
+
 def read_widths(path: str | Path) -> dict[str, int]:
     """Read a mixed-width text file, lines of ``layer name: bits``; empty lines and ``#`` comments are skipped.
 
@@ -149,10 +159,8 @@ def read_widths(path: str | Path) -> dict[str, int]:
         ValueError: no UTF-8 text, a line of another form, a width out of range or a layer that is named twice.
     """
     widths: dict[str, int] = {}
-    try:
+    with utf8(path):
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: file must be UTF-8 text, got {error}") from None
     for number, line in enumerate(lines, start=1):
         line = line.split("#", 1)[0].strip()
         if not line:

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from .checkpoint import CONFIG, INDEX
 from .config import QuantConfig
 from .folder import new_folder, write_json
+from .hf import is_linear
 from .planes import pack_planes
 from .slicing import check_bits, group_count, slice_codes
 
@@ -213,7 +214,7 @@ def _quantized(model: nn.Module, config: QuantConfig | None) -> set[str]:
     output = model.get_output_embeddings()  # type: ignore[operator]
     names = set()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not output and not config.skips(name):
+        if is_linear(module) and module is not output and not config.skips(name):
             group_count(module.in_features, config.group_size, where=name)
             names.add(name)
     return names

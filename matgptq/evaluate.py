@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .config import utf8
 from .linear import quantized_layers, set_bits
 from .plots import new_axes, save
 
@@ -41,7 +42,8 @@ def read_tokens(path: str | Path, tokenizer: Any, tokens: int, sequence_length: 
         raise ValueError(f"sequence_length must be at least 2, got {sequence_length}")
     if tokens <= 0 or tokens % sequence_length:
         raise ValueError(f"tokens must be a positive multiple of sequence_length = {sequence_length}, got {tokens}")
-    text = Path(path).read_text(encoding="utf-8")
+    with utf8(path):
+        text = Path(path).read_text(encoding="utf-8")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < tokens:
         raise ValueError(f"tokens must be at most {len(ids)}, what {path} holds, got {tokens}")
@@ -57,14 +59,20 @@ def perplexity(model: nn.Module, tokens: Tensor, *, batch_size: int = 1, progres
         tokens: int64 ``(sequences, sequence_length)``.
         batch_size: sequences a forward pass.
         progress: title of a progress bar; none where None.
+
+    Raises:
+        ValueError: ``batch_size`` is not positive.
     """
+    if batch_size <= 0:
+        raise ValueError(f"batch_size must be positive, got {batch_size}")
     device = next(p.device for p in (*model.parameters(), *model.buffers()))
     total = 0.0
     for batch in tqdm(tokens.split(batch_size), desc=progress, disable=progress is None, leave=False):
         batch = batch.to(device)
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
         total += nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
-    return math.exp(total / (tokens.numel() - len(tokens)))
+    mean = total / (tokens.numel() - len(tokens))
+    return math.exp(mean) if mean < 700 else mean * math.inf  # beyond a float; NaN stays NaN
 
 
 def model_bytes(model: nn.Module, bits: int | None = None) -> int:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import is_accelerate_available
 
 from .checkpoint import CheckpointError, check_values
 from .config import QuantConfig, read_widths
-from .folder import copy_side_files, new_folder
-from .hf import attach_config
+from .folder import check_new, copy_side_files, new_folder
+from .hf import attach_config, is_linear
 from .linear import MatGPTQLinear
 from .quantizer.gptq import QuantizedWeight
 
@@ -46,12 +47,27 @@ def insert_results(model: nn.Module, results: Mapping[str, QuantizedWeight], con
 
 
 def write_model(model: PreTrainedModel, config: QuantConfig, source: str | Path, tokenizer: Any, folder: Path) -> None:
-    """Save a model with quantised layers, its config, its tokenizer and the other files of the folder ``source``."""
+    """Save a model with quantised layers, its config, its tokenizer and the other files of the folder ``source``.
+
+    Raises:
+        ValueError: Transformers cannot load what was written: some models expect a linear layer where they have one.
+    """
     attach_config(model, config)
+    if isinstance(model.get_output_embeddings(), MatGPTQLinear):
+        model.config.tie_word_embeddings = False
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if Path(source).is_dir():
         copy_side_files(Path(source), folder)
+    device = "meta" if is_accelerate_available() else None  # without it Transformers can only load in earnest
+    try:
+        _, found = AutoModelForCausalLM.from_pretrained(folder, device_map=device, output_loading_info=True)
+    except Exception as error:  # the model's own code runs
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        reason = f"no {', '.join(sorted(found['missing_keys']))}" if found["missing_keys"] else ""
+    if reason:
+        raise ValueError(f"model must load with its linear layers quantised, got {reason} ({source})")
 
 
 def read_raw(folder: str | Path) -> dict[str, QuantizedWeight]:
@@ -133,7 +149,12 @@ def convert(
         CheckpointError: a raw file is broken, or does not fit the base model.
         FileExistsError: ``out`` is there already.
     """
+    check_new(out)
     results = read_raw(raw)
+    per_layer = {} if widths is None else read_widths(widths)
+    for name in per_layer:
+        if name not in results:
+            raise CheckpointError(f"{widths}: lines must name layers of {raw}, got {name!r}")
     groups = {(w.codes.shape[1] // w.scales.shape[1], w.scales.shape[1]) for w in results.values()}
     sizes = {size for size, _ in groups}
     if len(sizes) > 1 and any(count > 1 for _, count in groups):
@@ -149,17 +170,13 @@ def convert(
     dense = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     linears = {name: module for name, module in dense.named_modules() if isinstance(module, nn.Linear)}
     for name, weight in results.items():
-        if name not in linears:
+        if not is_linear(linears.get(name)):
             raise CheckpointError(
                 f"{Path(raw) / name}: folder must be named after a linear layer of {model}, got {name}"
             )
         if weight.codes.shape != linears[name].weight.shape:
             want, got = tuple(linears[name].weight.shape), tuple(weight.codes.shape)
             raise CheckpointError(f"{Path(raw) / name / 'data.pt'}: qweight must have shape {want}, got {got}")
-    per_layer = {} if widths is None else read_widths(widths)
-    for name in per_layer:
-        if name not in results:
-            raise CheckpointError(f"{widths}: lines must name layers of {raw}, got {name!r}")
     config = QuantConfig(
         bits=bits,
         master_bits=master_bits,

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,8 @@ from .config import QuantConfig
 from .linear import match_bits
 from .planes import pack_planes, read_slices
 from .slicing import check_bits
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def slice_folder(source: str | Path, out: str | Path, bits: int | Mapping[str, int]) -> QuantConfig:
@@ -105,12 +107,12 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     Raises:
         FileExistsError: ``out`` is there already and is not an empty folder.
     """
-    out = Path(out)
     check_new(out)
+    out = Path(out).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
     try:
-        partial.chmod(0o755)
+        partial.mkdir()
         yield partial
         publish(partial, out)
     finally:
@@ -118,26 +120,35 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 
 
 def check_new(out: str | Path) -> None:
-    """Raise FileExistsError unless ``out`` is free to be written."""
+    """Raise FileExistsError unless ``out`` is free to be written, and can be replaced where it is an empty folder."""
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out must be a new or an empty folder, got {out}")
+    place = out.resolve()
+    if place.is_mount() or place == Path.cwd():
+        kind = "a mount point" if place.is_mount() else "the working folder"
+        raise FileExistsError(f"out must be a folder that can be replaced, got {kind}, {out}: name a folder in it")
 
 
 def publish(partial: Path, out: Path) -> None:
     """Give the finished folder ``partial`` its name; an empty folder of that name is replaced."""
     check_new(out)
+    for file in partial.rglob("*"):
+        if file.is_file():  # some writers let their owner alone read: whoever may read the folder may read the files
+            file.chmod(partial.stat().st_mode & 0o666)
     os.replace(partial, out)
 
 
 def copy_side_files(source: Path, out: Path) -> None:
-    """Copy what is neither weights nor already written: tokenizer, generation config, licence, model code."""
+    """Copy what is neither weights, hidden nor already written: tokenizer, generation config, licence, model code."""
     for file in source.iterdir():
-        weights = file.suffix in (".safetensors", ".bin", ".pt", ".gguf") or file.name.endswith(".index.json")
-        if file.is_file() and not weights and not (out / file.name).exists():
+        skipped = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json") or file.name.startswith(".")
+        if file.is_file() and not skipped and not (out / file.name).exists():
             shutil.copy2(file, out / file.name)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write ``values`` as indented JSON with a newline at the end."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    """Write ``values`` as indented JSON with a newline at the end; the file appears whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -128,6 +128,13 @@ else:
     )
 
 
+def is_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether ``module`` is an `nn.Linear` that computes ``x W^T + b`` alone: some subclasses route to experts."""
+    if not isinstance(module, nn.Linear):
+        return False
+    return type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
+
+
 def insert_layers(
     model: nn.Module, tensors: Mapping[str, StoredTensor], layers: Mapping[str, StoredLayer], config: QuantConfig
 ) -> dict[str, Path]:
@@ -142,7 +149,7 @@ def insert_layers(
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, layer in layers.items():
         options = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-        place = next((option for option in options if option in linears), None)
+        place = next((option for option in options if is_linear(linears.get(option))), None)
         file = tensors[f"{name}.qweight"].file
         if place is None:
             if "." in name and any(linear.rpartition(".")[0] == name.rpartition(".")[0] for linear in linears):
@@ -163,7 +170,10 @@ def insert_layers(
         parent, _, child = place.rpartition(".")
         module = layer.module(config, device=linears[place].weight.device)
         module.name = place
-        setattr(model.get_submodule(parent), child, module)
+        owner = model.get_submodule(parent)
+        setattr(owner, child, module)
+        if not owner._non_persistent_buffers_set:  # some models begin by filling the weights of the linear layers here
+            owner._is_hf_initialized = True  # type: ignore[assignment]
     return {place: tensors[f"{layer.name}.qweight"].file for place, layer in places.items()}
 
 
@@ -203,6 +213,8 @@ def attach_config(model: PreTrainedModel, config: QuantConfig) -> None:
 def served_config(model: nn.Module, config: QuantConfig) -> QuantConfig:
     """``config`` with the widths that the layers of ``model`` serve now: the commonest one, and the exceptions."""
     widths = {name: layer.bits for name, layer in quantized_layers(model).items()}
+    if not widths:
+        raise ValueError("model must have MatGPTQLinear layers to be saved as a quantised one, got none")
     common = max(set(widths.values()), key=lambda b: (list(widths.values()).count(b), b))
     exceptions = {name: bits for name, bits in widths.items() if bits != common}
     values = {**config.to_dict(), "bits": common, "bits_per_layer": exceptions}

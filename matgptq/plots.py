@@ -23,6 +23,13 @@ def new_axes(**labels: Any) -> Any:
     return axes
 
 
+def check_path(path: str | Path) -> None:
+    """Raise a ValueError unless `save` knows the image type that ``path`` ends in, before what is drawn is computed."""
+    types = new_axes().figure.canvas.get_supported_filetypes()
+    if Path(path).suffix[1:] not in types:
+        raise ValueError(f"plot must end in one of {', '.join(types)}, got {path}")
+
+
 def save(axes: Any, paths: Iterable[str | Path]) -> None:
     """Write the figure of ``axes`` into image files, whose suffixes choose their types; folders are made."""
     import matplotlib

@@ -238,6 +238,10 @@ BAD_FILES = {
         lambda f: point_index(f, "m.down.qweight", SHARD_2),
         "{index}: m.down.qweight must be in " + SHARD_2 + ", got " + SHARD_1,
     ),
+    "index beside a single file": (
+        lambda f: (f / SHARD_1).rename(f / "model.safetensors"),
+        "{folder}: folder must have model.safetensors or " + INDEX + ", got both",
+    ),
     "stored twice": (
         store_twice,
         "{folder}/" + SHARD_2 + ": m.up.qweight must be stored once, got another in {folder}/" + SHARD_1,

@@ -5,10 +5,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
+from matgptq import folder, slice_folder
 from matgptq.cli import main
 
 COMMON = ["--group-size", "16", "--samples", "4", "--sequence-length", "32", "--quiet"]
+
+
+SIZES = ["--tokens", "128", "--sequence-length", "32", "--quiet", "--json"]
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +85,36 @@ def test_generate_gives_the_same_answer_every_time(nested, capsys):
 
 
 def test_eval_measures_every_width_and_draws_it(nested, tiny_folder, text_file, tmp_path, capsys):
-    sizes = ["--tokens", "128", "--sequence-length", "32"]
     plot = tmp_path / "plot.svg"
-    options = ["--bits", "8", "2", "--dense", str(tiny_folder), "--plot", str(plot), "--quiet", "--json"]
-    assert main(["eval", str(nested), "--text", str(text_file), *sizes, *options]) == 0
+    options = ["--bits", "8", "2", "--dense", str(tiny_folder), "--plot", str(plot)]
+    assert main(["eval", str(nested), "--text", str(text_file), *SIZES, *options]) == 0
     told = last_line(capsys)
     assert set(told["widths"]) == {"8", "2"}
     assert told["widths"]["8"]["perplexity"] == pytest.approx(told["dense_perplexity"], rel=0.05)
     assert told["widths"]["2"]["bytes"] < told["widths"]["8"]["bytes"] < told["dense_bytes"]
     assert "<svg" in plot.read_text()
+
+
+def test_eval_takes_the_widths_that_a_cut_folder_serves(nested, text_file, tmp_path, capsys):
+    slice_folder(nested, tmp_path / "cut", 4)
+    assert main(["eval", str(tmp_path / "cut"), "--text", str(text_file), *SIZES]) == 0
+    assert set(last_line(capsys)["widths"]) == {"4"}
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), 1000.0])
+def test_a_perplexity_that_is_no_number_is_null(loss, nested, text_file, monkeypatch, capsys):
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda *_, **__: torch.tensor(loss * 128))
+    assert main(["eval", str(nested), "--bits", "8", "--text", str(text_file), *SIZES]) == 0
+    assert last_line(capsys)["widths"]["8"]["perplexity"] is None
+
+
+def test_a_full_disk_is_an_error_of_one_line(nested, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(folder, "save_file", full)
+    assert main(["slice", str(nested), "--bits", "4", "--out", str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err == "matgptq slice: error: No space left on device\n"
 
 
 @pytest.mark.parametrize(
@@ -105,9 +132,18 @@ def test_eval_measures_every_width_and_draws_it(nested, tiny_folder, text_file, 
         (["eval", "{nested}", "--text", "nowhere.txt"], "nowhere.txt"),
         (["eval", "{nested}", "--text", "{text}", "--tokens", "100"], "tokens must be a positive multiple of"),
         (["eval", "{nested}", "--text", "{text}", "--tokens", "1024000"], "tokens must be at most"),
+        (["eval", "{nested}", "--text", "{text}", *SIZES, "--bits", "9"], "--bits must be among what all layers of"),
+        (["eval", "{nested}", "--text", "{text}", *SIZES, "--plot", "x.y"], "plot must end in one of"),
+        (["eval", "{nested}", "--text", "{text}", *SIZES, "--batch-size", "0"], "batch_size must be positive, got 0"),
+        (["eval", "{nested}", "--text", "{nested}/model.safetensors", *SIZES], "model.safetensors: file must be UTF-8"),
         (["quantize", "{dense}", "--out", "{tmp}/x", "--method", "gptq"], "--method gptq needs --bits"),
         (["quantize", "{dense}", "--out", "{tmp}/x"], "calibration must name a text"),
         (["quantize", "{dense}", "--out", "{tmp}/x", "--method", "rtn", "--lambdas", "1"], "--lambdas goes with"),
+        (["quantize", "{dense}", "--out", "{tmp}/x", "--method", "rtn", "--widths", "4"], "--widths goes with"),
+        (
+            ["quantize", "{dense}", "--out", "{tmp}/x", "--method", "rtn", "--own-scales", "4"],
+            "with own_scales, got None",
+        ),
         (["convert", "{tmp}", "--model", "{dense}", "--out", "{tmp}/x"], "folder must hold <layer name>/data.pt"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from folders import read_tensors
 
 import matgptq
-from matgptq import CheckpointError, convert, dequantize, quantized_layers
+from matgptq import CheckpointError, convert, dequantize, hf, quantized_layers
 from matgptq.checkpoint import check_folder
 from matgptq.export import read_raw
 
@@ -193,6 +193,22 @@ def test_a_converted_folder_loads_and_computes_with_the_raw_weights(tmp_path, ti
         assert torch.equal(loaded[name](torch.eye(columns)).t()[:, order], weights)
 
 
+def test_a_raw_output_layer_unties_the_embeddings(tmp_path, tiny_folder):
+    layer = {"qweight": torch.full((300, 64), 130, dtype=torch.uint8), "scale": torch.ones(300, 2).half()}
+    convert(write_raw(tmp_path / "raw", {"lm_head": layer}), tiny_folder, tmp_path / "out")
+    model = matgptq.load(tmp_path / "out")
+    assert (model.lm_head(torch.eye(64)) == 2).all()
+    assert torch.equal(model.model.embed_tokens.weight, read_tensors(tiny_folder)["model.embed_tokens.weight"])
+
+
+def test_a_folder_that_could_not_be_loaded_is_not_left_behind(tmp_path, tiny_folder, monkeypatch):
+    raw = write_raw(tmp_path / "raw", {UP: GOOD})
+    monkeypatch.setattr(hf, "insert_layers", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match="model must load with its linear layers quantised, got ZeroDivisionError: "):
+        convert(raw, tiny_folder, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [raw]
+
+
 def test_zeros_at_the_middle_code_are_none(tmp_path, tiny_folder):
     raw = write_raw(tmp_path / "raw", {UP: raw_layer(UP, zero="middle"), DOWN: raw_layer(DOWN)})
     assert convert(raw, tiny_folder, tmp_path / "out").sym
@@ -260,10 +276,10 @@ def test_codes_above_the_master_width_are_refused(tmp_path, tiny_folder):
         convert(raw, tiny_folder, tmp_path / "out", bits=4, master_bits=4)
 
 
-def test_a_folder_that_is_there_is_not_written_over(tmp_path, tiny_folder):
+def test_a_folder_that_is_there_is_not_written_over(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("mine")
     with pytest.raises(FileExistsError, match=re.escape(f"out must be a new or an empty folder, got {out}")):
-        convert(write_raw(tmp_path / "raw", {UP: GOOD}), tiny_folder, out)
+        convert(tmp_path / "raw", "nowhere", out)  # found before anything is read
     assert (out / "mine").read_text() == "mine"

@@ -1,6 +1,7 @@
 """`slice_folder`: what a cut folder holds, bit for bit, and what a failed cut leaves behind."""
 
 import json
+import os
 import re
 
 import pytest
@@ -30,7 +31,8 @@ def test_a_cut_stores_the_slices_and_everything_else_as_it_was(tmp_path, bits, r
     tensors = healthy() | layer_tensors("m.gate", perm=True, bias=True)
     folder = write_folder(tmp_path / "model", tensors, config_values(slicing=rule))
     (folder / "tokenizer.json").write_text("{}")
-    (folder / "old.bin").write_text("weights of another format")
+    for name in ("old.bin", "old.h5", "old.onnx", ".hidden"):
+        (folder / name).write_text("weights of another format")
     config = slice_folder(folder, tmp_path / "cut", bits)
     cut = read_tensors(tmp_path / "cut")
     assert cut.keys() == tensors.keys()
@@ -185,6 +187,33 @@ def test_an_empty_folder_is_filled(tmp_path):
     (tmp_path / "cut").mkdir()
     slice_folder(folder, tmp_path / "cut", 4)
     assert stored_bits(tmp_path / "cut") == {"m.up": 4, "m.down": 4}
+
+
+def test_a_link_to_an_empty_folder_is_followed(tmp_path):
+    folder = write_folder(tmp_path / "model", healthy(), config_values())
+    (tmp_path / "there").mkdir()
+    (tmp_path / "cut").symlink_to(tmp_path / "there")
+    slice_folder(folder, tmp_path / "cut", 4)
+    assert (tmp_path / "cut").is_symlink()
+    assert stored_bits(tmp_path / "there") == {"m.up": 4, "m.down": 4}
+
+
+@pytest.mark.parametrize(("out", "kind"), [(".", "the working folder"), ("mounted", "a mount point")])
+def test_a_folder_that_cannot_be_replaced_is_refused(tmp_path, monkeypatch, out, kind):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(type(tmp_path), "is_mount", lambda path: path.name == "mounted")
+    with pytest.raises(FileExistsError, match=f"out must be a folder that can be replaced, got {kind}"):
+        writing.check_new(out)
+
+
+def test_whoever_may_read_the_folder_may_read_its_files(tmp_path):
+    folder = write_folder(tmp_path / "model", healthy(), config_values())
+    (folder / "config.json").chmod(0o600)
+    before = os.umask(0o027)
+    slice_folder(folder, tmp_path / "cut", 4)
+    os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "cut", *(tmp_path / "cut").iterdir())}
+    assert modes == {"cut": 0o750, "model.safetensors": 0o640, "config.json": 0o640}
 
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])

@@ -118,6 +118,15 @@ def test_save_pretrained_keeps_codes_and_the_widths_served(folder, tmp_path):
     assert set(widths.values()) == {3, 4, 6}
 
 
+def test_a_model_without_quantised_layers_is_not_saved_as_a_quantised_one(folder, tmp_path):
+    model = matgptq.load(folder)
+    model.model.layers = torch.nn.ModuleList()
+    with pytest.raises(
+        ValueError, match="model must have MatGPTQLinear layers to be saved as a quantised one, got none"
+    ):
+        model.save_pretrained(tmp_path / "saved")
+
+
 @pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
 def test_a_folder_cut_to_a_width_serves_the_same_model(folder, tmp_path, bits):
     matgptq.slice_folder(folder, tmp_path / "cut", bits)
@@ -234,6 +243,7 @@ def test_a_missing_dense_tensor_is_not_made_up(folder, tmp_path):
 def test_an_index_does_not_lead_out_of_the_folder(folder, tmp_path):
     out = copy(folder, tmp_path / "copy")
     names = load_file(out / "model.safetensors")
+    (out / "model.safetensors").unlink()
     index = {"weight_map": dict.fromkeys(names, f"../{folder.name}/model.safetensors")}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(matgptq.CheckpointError, match="weight_map must map tensor names to file names of the folder"):

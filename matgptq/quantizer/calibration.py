@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import utf8
+
 
 def read_texts(source: str | Path) -> Iterator[str]:
     """The documents of ``source``.
@@ -21,15 +23,16 @@ def read_texts(source: str | Path) -> Iterator[str]:
 
     Raises:
         FileNotFoundError: ``source`` looks like a path and no such file is there.
-        ValueError: a line is no JSON object with a text, or the dataset has no text column.
+        ValueError: the file is not UTF-8, a line is no JSON object with a text, or the dataset has no text column.
         ImportError: a dataset is named and ``datasets`` is not installed.
     """
     path = Path(source)
     if path.is_file():
         if path.suffix not in (".jsonl", ".json"):
-            yield path.read_text(encoding="utf-8")
+            with utf8(path):
+                yield path.read_text(encoding="utf-8")
             return
-        with path.open(encoding="utf-8") as lines:
+        with utf8(path), path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _json_text(line, f"{path}, line {number}")

@@ -11,25 +11,29 @@ summed, and each rank quantises its share of the layers. Rank 0 writes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import logging
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..checkpoint import CheckpointError, open_weights, read_json
 from ..config import QuantConfig
 from ..export import insert_results, write_model
-from ..folder import check_new, publish, write_json
+from ..folder import WEIGHT_SUFFIXES, check_new, publish, write_json
 from ..slicing import check_bits, group_count
 from .calibration import calibration_tokens
 from .distributed import barrier, rank, world
@@ -37,6 +41,7 @@ from .gptq import Method, QuantizedWeight, quantize_weight
 from .hessian import HessianHooks
 from .stages import BlockRunner, Stage, find_stages, left_dense
 
+logger = logging.getLogger(__name__)
 REPORT_WIDTHS = (8, 6, 4, 3, 2)
 
 
@@ -93,17 +98,21 @@ def quantize(
         progress: show a progress bar with the layer, its error by width and the time left.
 
     Raises:
-        FileExistsError: ``out`` is there already.
-        ValueError: an argument does not fit the model, or an unfinished run with other arguments is in the way.
+        FileExistsError: ``out`` is there already, or another run writes it.
+        ValueError: an argument does not fit the model, or an unfinished run with other arguments, or with weights that
+            have changed since, is in the way.
     """
     method = method or Method()
-    out = Path(out)
+    if batch_size <= 0:
+        raise ValueError(f"batch_size must be positive, got {batch_size}")
     check_new(out)
+    report, clock = Report(Path(out)), _Clock()
+    out = Path(out).resolve()
     bits = method.master_bits if bits is None else check_bits(bits, most=method.master_bits)
     if method.needs_hessian and calibration is None:
-        raise ValueError("calibration must name a text unless the method is round-to-nearest, got None")
+        needs = "feedback" if method.feedback else "act_order" if method.act_order else "own_scales"
+        raise ValueError(f"calibration must name a text for a method with {needs}, got None")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    report, clock = Report(out), _Clock()
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     dense = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
@@ -140,32 +149,37 @@ def quantize(
         "method": {k: str(v) for k, v in dataclasses.asdict(method).items()},
         "config": config.to_dict(),
         "layers": [name for stage in stages for name in stage.linears],
+        "weight files": _weight_files(model) or getattr(dense.config, "_commit_hash", None),
         "tokens": None if tokens is None else [list(tokens.shape), int(tokens.sum()), batch_size],
     }
-    partial = _Partial(out, arguments)
-    with torch.no_grad():
-        runner = None if tokens is None else BlockRunner(dense, stages, tokens, batch_size, device)
-        report.seconds |= {"calibrate": clock.lap(), "solve": 0.0}
-        total = sum(len(stage.linears) for stage in stages)
-        with tqdm(total=total, desc="quantize", unit="layer", disable=not progress or rank() > 0) as bar:
-            for number, stage in enumerate(stages):
-                _quantize_stage(stage, number, runner, method, partial, device, report, clock, bar)
-    report.seconds["calibrate"] += clock.lap()
+    with _Partial(out, arguments) as partial:
+        with torch.no_grad():
+            runner = None if tokens is None else BlockRunner(dense, stages, tokens, batch_size, device)
+            report.seconds |= {"calibrate": clock.lap(), "solve": 0.0}
+            total = sum(len(stage.linears) for stage in stages)
+            with tqdm(total=total, desc="quantize", unit="layer", disable=not progress or rank() > 0) as bar:
+                for number, stage in enumerate(stages):
+                    _quantize_stage(stage, number, runner, method, partial, device, report, clock, bar)
+        report.seconds["calibrate"] += clock.lap()
 
-    if rank() == 0:
-        for stage in stages:
-            insert_results(dense, stage.results, config)
-        dense.to(stored_dtype)
-        if lm_head:
-            dense.config.tie_word_embeddings = False
-        finished = partial.folder / "model"
-        shutil.rmtree(finished, ignore_errors=True)
-        write_model(dense, config, model, tokenizer, finished)
-        publish(finished, out)
-        shutil.rmtree(partial.folder)
+        if rank() == 0:
+            for stage in stages:
+                insert_results(dense, stage.results, config)
+            dense.to(stored_dtype)
+            finished = partial.folder / "model"
+            shutil.rmtree(finished, ignore_errors=True)
+            write_model(dense, config, model, tokenizer, finished)
+            publish(finished, out)
+            shutil.rmtree(partial.folder)
     barrier()
     report.seconds["write"] = clock.lap()
     return report
+
+
+def _weight_files(model: str | Path) -> list[list[Any]]:
+    """Name, size and time of each weight file of a folder; nothing for a name on the hub."""
+    files = sorted(Path(model).iterdir()) if Path(model).is_dir() else []
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.suffix in WEIGHT_SUFFIXES]
 
 
 def _quantize_stage(
@@ -190,7 +204,7 @@ def _quantize_stage(
     if saved is not None:
         stage.results = saved
         bar.update(len(saved))
-        return
+        return _report(stage, method, report)
     lookup = method.lookup().to(device)
     groups = hooks.groups() if runner is not None else {name: [name] for name in stage.linears}
     missing = [name for name in stage.linears if not any(name in group for group in groups.values())]
@@ -209,35 +223,70 @@ def _quantize_stage(
                 bar.set_postfix_str(f"{name}: {errors}" if errors else name)
             bar.update()
     _share(stage, list(groups.values()))
-    for name, result in stage.results.items():
-        report.errors[name] = result.errors
-        if result.damping > method.damping:
-            report.damping[name] = result.damping
+    _report(stage, method, report)
     if rank() == 0:
         partial.save(number, stage.results)
     report.seconds["solve"] += clock.lap()
 
 
+def _report(stage: Stage, method: Method, report: Report) -> None:
+    for name, result in stage.results.items():
+        report.errors[name] = result.errors
+        if result.damping > method.damping:
+            report.damping[name] = result.damping
+
+
 class _Partial:
-    """The folder of an unfinished run: the arguments it was started with, and a file for each finished stage."""
+    """The folder of an unfinished run: the arguments it was started with, and a file for each finished stage.
+
+    Rank 0 holds a lock on it while it is entered; the system takes the lock back from a process that ends.
+    """
 
     def __init__(self, out: Path, arguments: dict[str, Any]) -> None:
         self.folder = out.with_name(f"{out.name}.partial")
+        self._arguments: dict[str, Any] = json.loads(json.dumps(arguments))
+
+    def __enter__(self) -> _Partial:
+        with contextlib.ExitStack() as undo:
+            if rank() == 0:
+                undo.callback(self._lock().close)
+                self._check_arguments()
+            barrier()
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    def _lock(self) -> TextIO:
+        """Make the folder if it is not there, and lock it."""
+        lock = self.folder / "matgptq.lock"
+        if self.folder.exists() and not lock.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise FileExistsError(f"out must leave {self.folder} to the unfinished run, got something else there")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise FileExistsError(f"out must not be written by another run, got one that holds {lock}") from None
+        except OSError as error:
+            logger.warning("%s: two runs at once would not be noticed, this file system has no locks: %s", lock, error)
+        return file
+
+    def _check_arguments(self) -> None:
+        """Refuse to go on with finished stages of other arguments; without a finished stage, begin anew."""
         written = self.folder / "arguments.json"
-        if written.exists():
-            before = json.loads(written.read_text(encoding="utf-8"))
-            changed = [key for key, value in arguments.items() if before.get(key) != json.loads(json.dumps(value))]
+        if any(self.folder.glob("stage-*.safetensors")):
+            before = read_json(written)
+            changed = [key for key, value in self._arguments.items() if before.get(key) != value]
             if changed:
                 raise ValueError(
                     f"out must not have an unfinished run with other arguments: {self.folder} differs in "
                     f"{', '.join(changed)}; remove it or choose another folder"
                 )
-        barrier()
-        if rank() == 0 and not written.exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            write_json(written, arguments)
-        barrier()
+        else:
+            write_json(written, self._arguments)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"stage-{number:04}.safetensors"
@@ -246,18 +295,30 @@ class _Partial:
         """Keep a finished stage; the file appears whole or not at all."""
         tensors = {f"{name}.{key}": t for name, result in results.items() for key, t in result.tensors().items()}
         temporary = self._path(number).with_suffix(".tmp")
-        save_file(tensors, temporary)
+        measured = {name: json.dumps([result.errors, result.damping]) for name, result in results.items()}
+        save_file(tensors, temporary, metadata=measured)
         temporary.rename(self._path(number))
 
     def load(self, number: int) -> dict[str, QuantizedWeight] | None:
         """A stage that a run before has finished, or None."""
-        if not self._path(number).exists():
+        path = self._path(number)
+        if not path.exists():
             return None
         parts: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in load_file(self._path(number)).items():
-            name, _, part = key.rpartition(".")
-            parts.setdefault(name, {})[part] = tensor
-        return {name: QuantizedWeight.from_tensors(tensors) for name, tensors in parts.items()}
+        try:
+            with open_weights(path) as handle:
+                measured = handle.metadata()
+                for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                    name, _, part = key.rpartition(".")
+                    parts.setdefault(name, {})[part] = handle.get_tensor(key)
+        except CheckpointError as error:
+            logger.warning("%s: its layers are quantised again", error)
+            return None
+        results = {name: QuantizedWeight.from_tensors(tensors) for name, tensors in parts.items()}
+        for name, result in results.items():
+            errors, result.damping = json.loads(measured[name])
+            result.errors = {int(bits): error for bits, error in errors.items()}
+        return results
 
 
 def _to_cpu(result: QuantizedWeight) -> QuantizedWeight:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..hf import is_linear
 from .distributed import rank, world
 from .gptq import QuantizedWeight
 
@@ -30,10 +32,11 @@ def find_stages(model: PreTrainedModel, include: Sequence[str], exclude: Sequenc
     """The decoder's blocks, with the linear layers that the patterns choose, and the output layer on request."""
     blocks = find_blocks(model)
     names = {id(module): name for name, module in model.named_modules()}
+    _check_patterns(model, include, exclude)
     stages = []
     for block in blocks:
         name = names[id(block)]
-        linears = {f"{name}.{n}": m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        linears = {f"{name}.{n}": m for n, m in block.named_modules() if is_linear(m)}
         chosen = {n: m for n, m in linears.items() if _matches(n, include) and not _matches(n, exclude)}
         stages.append(Stage(name, block, chosen))
     if not any(stage.linears for stage in stages):
@@ -42,13 +45,23 @@ def find_stages(model: PreTrainedModel, include: Sequence[str], exclude: Sequenc
         )
     if lm_head:
         head = model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
+        if not is_linear(head):
             raise ValueError(f"lm_head must be a linear layer to be quantised, got {type(head).__name__}")
         name = names[id(head)]
         if model.config.get_text_config().tie_word_embeddings:
             head.weight = nn.Parameter(head.weight.detach().clone(), False)
         stages.append(Stage(name, None, {name: head}))
     return stages
+
+
+def _check_patterns(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(_matches(name, [pattern]) for name in linears):
+                raise ValueError(
+                    f"{argument} must match linear layers of the model, got {pattern!r} which matches none"
+                )
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
@@ -87,24 +100,63 @@ class BlockRunner:
     ) -> None:
         self._model, self._device = model, device
         self._hidden: list[Tensor] = []
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._blocks = [stage.block for stage in stages if stage.block is not None]
+        self._calls: dict[nn.Module, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {b: [] for b in self._blocks}
         batches = list(tokens.split(batch_size))
         if len(batches) < world():
             raise ValueError(f"samples must give every one of {world()} processes a batch, got {len(batches)} batches")
         self._batches = batches[rank() :: world()]
-        first = stages[0].block
-        assert first is not None
-        handle = first.register_forward_pre_hook(self._catch, with_kwargs=True)
-        for batch in self._batches:
-            with contextlib.suppress(_CaughtInputs):
-                model(input_ids=batch, use_cache=False)
+        handle = self._blocks[0].register_forward_hook(self._probe)
+        with contextlib.suppress(_CaughtInputs):
+            model(input_ids=tokens[:1, :1], use_cache=False)
         handle.remove()
+        try:
+            for block in self._blocks:
+                block.forward = functools.partial(self._catch, block)
+            for batch in self._batches:
+                self._known: dict[int, tuple[Tensor, Tensor]] = {}
+                with contextlib.suppress(_CaughtInputs):
+                    model(input_ids=batch, use_cache=False)
+        finally:
+            for block in self._blocks:
+                del block.forward
+        del self._known
 
-    def _catch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-        self._hidden.append(hidden)
-        self._calls.append((_move(args[1:], self._device), _move(kwargs, self._device)))
+    def _probe(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._others = len(output) - 1 if isinstance(output, tuple) else None
         raise _CaughtInputs
+
+    def _catch(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for ``block``: keeps what it is called with (its own mask and positions) and computes nothing."""
+        if "hidden_states" in kwargs:
+            hidden = kwargs.pop("hidden_states")
+        else:
+            hidden, *args = args  # type: ignore[assignment]
+        if block is self._blocks[0]:
+            self._hidden.append(hidden)
+        calls = self._calls[block]
+        call = (tuple(args), kwargs)
+        calls.append(self._shared(call, calls[0]) if calls else call)
+        if block is self._blocks[-1]:
+            raise _CaughtInputs
+        return self._returned(hidden)
+
+    def _shared(self, value: Any, first: Any) -> Any:
+        """``value`` with the tensors of the first batch in the place of those that equal them: masks are large."""
+        if isinstance(value, Tensor):
+            if id(value) not in self._known:  # blocks share tensors, each is compared once
+                same = isinstance(first, Tensor) and value.dtype == first.dtype and torch.equal(value, first)
+                self._known[id(value)] = (value, first if same else value)
+            return self._known[id(value)][1]
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._shared(*pair) for pair in zip(value, first, strict=True))
+        if isinstance(value, dict):
+            return {key: self._shared(item, first[key]) for key, item in value.items()}
+        return value
+
+    def _returned(self, hidden: Tensor) -> Any:
+        """``hidden`` in the form in which the model's blocks return it."""
+        return hidden if self._others is None else (hidden, *[None] * self._others)
 
     def run(self, stage: Stage) -> None:
         """Run one stage over all batches; what comes out of a block goes into the next."""
@@ -112,10 +164,10 @@ class BlockRunner:
             (head,) = stage.linears.values()
             return self._run_head(head)
         block = stage.block.to(self._device)
-        for i, (args, kwargs) in enumerate(self._calls):
+        for i, call in enumerate(self._calls[stage.block]):
+            args, kwargs = _move(call, self._device)
             output = block(self._hidden[i].to(self._device), *args, **kwargs)
-            self._is_tuple = isinstance(output, tuple)
-            self._hidden[i] = (output[0] if self._is_tuple else output).to("cpu")
+            self._hidden[i] = (output[0] if isinstance(output, tuple) else output).to("cpu")
         block.to("cpu")
 
     def _run_head(self, head: nn.Linear) -> None:
@@ -131,8 +183,8 @@ class BlockRunner:
         self._model.to(self._device)
         try:
             for batch, hidden in zip(self._batches, self._hidden, strict=True):
-                output = hidden.to(self._device)
-                last.forward = lambda *_, output=output, **__: (output,) if self._is_tuple else output
+                output = self._returned(hidden.to(self._device))
+                last.forward = lambda *_, output=output, **__: output
                 with contextlib.suppress(_CaughtInputs):
                     self._model(input_ids=batch.to(self._device), use_cache=False)
         finally:
