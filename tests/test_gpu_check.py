@@ -136,7 +136,7 @@ def test_a_sweep_times_the_chosen_tile_and_others(monkeypatch, M, sm):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from sweep_tiles import every_tile
 
-    problem = Problem(M, 4096, 4096, 4, sm=sm)
+    problem = Problem(M, 8192, 4096, 4, sm=sm)
     found = list(every_tile(problem))
     assert found[0] == choose(problem)
     assert len(set(found)) == len(found) > 8
