@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, TextStreamer
 
 import matgptq
-from matgptq.decode import Decoder, chat_prompt
+from matgptq.decode import Decoder, prompt_ids
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     model = matgptq.load(
         options.model, device=options.device, dtype=torch.float32 if options.device == "cpu" else "auto"
     )
-    ids = tokenizer(chat_prompt(tokenizer, options.prompt), return_tensors="pt", add_special_tokens=False).input_ids
+    ids = prompt_ids(tokenizer, options.prompt)
     decoder = Decoder(model, max_length=ids.shape[1] + options.max_new_tokens, compile=options.compile)
     for bits in options.bits:
         start = time.perf_counter()

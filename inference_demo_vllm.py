@@ -11,7 +11,7 @@ import time
 from vllm import LLM, SamplingParams
 
 import vllm_matgptq
-from matgptq.decode import chat_prompt
+from matgptq.decode import prompt_ids
 
 
 def main() -> None:
@@ -32,8 +32,7 @@ def main() -> None:
         enforce_eager=options.enforce_eager,
         **vllm_matgptq.engine_args(resident=True),
     )
-    tokenizer = llm.get_tokenizer()
-    ids = tokenizer(chat_prompt(tokenizer, options.prompt), add_special_tokens=False).input_ids
+    ids = prompt_ids(llm.get_tokenizer(), options.prompt)[0].tolist()
     sampling = SamplingParams(temperature=0, max_tokens=options.max_new_tokens)
     for bits in options.bits:
         ready = vllm_matgptq.set_bits(llm, bits)  # the same weights in memory, read at another width

@@ -134,19 +134,18 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     """``matgptq generate``: the answer to a prompt, token by token as it comes."""
     from transformers import AutoTokenizer, TextStreamer
 
-    from .decode import Decoder, chat_prompt
+    from .decode import Decoder, prompt_ids
     from .hf import load
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = load(options.model, options.bits, dtype=_dtype(options), device=options.device)
-    prompt = options.prompt if options.raw else chat_prompt(tokenizer, options.prompt)
-    prompt_ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
-    decoder = Decoder(model, max_length=prompt_ids.shape[1] + options.max_new_tokens, compile=options.compile)
+    ids = prompt_ids(tokenizer, options.prompt, chat=not options.raw)
+    decoder = Decoder(model, max_length=ids.shape[1] + options.max_new_tokens, compile=options.compile)
     decoder.prepare()
     streamer = None if options.quiet else TextStreamer(tokenizer, skip_special_tokens=True)
     new: list[int] = []
     start = time.perf_counter()
-    for token in decoder.stream(prompt_ids, eos_token_id=model.generation_config.eos_token_id):
+    for token in decoder.stream(ids, eos_token_id=model.generation_config.eos_token_id):
         new.append(int(token))
         if streamer:
             streamer.put(token)

@@ -204,9 +204,15 @@ def _largest(logits: Tensor) -> Tensor:
     return part * each.shape[-1] + best.argmax(-1, keepdim=True)
 
 
-def chat_prompt(tokenizer: Any, text: str) -> str:
-    """``text`` as a user's message in the chat template of ``tokenizer``; itself where there is none."""
-    if not tokenizer.chat_template:
-        return text
-    messages = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+def prompt_ids(tokenizer: Any, text: str, *, chat: bool = True) -> Tensor:
+    """Token ids ``(1, length)`` of ``text``, as a user's message in the chat template of ``tokenizer``.
+
+    Where there is no template, or not ``chat``: of the text itself, after what the tokenizer puts first (BOS), which a
+    template writes by itself.
+    """
+    chat = chat and bool(tokenizer.chat_template)
+    if chat:
+        messages = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids: Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).input_ids
+    return ids

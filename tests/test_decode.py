@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import matgptq
 from matgptq.attention import NAME, attend, attending
-from matgptq.decode import Decoder, _largest, chat_prompt
+from matgptq.decode import Decoder, _largest, prompt_ids
 from matgptq.packed import pack
 from matgptq.quantizer.pipeline import quantize
 
@@ -190,13 +191,15 @@ def test_beyond_a_sliding_window(tmp_path):
 
 def test_a_prompt_takes_the_form_of_a_chat(tiny_folder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+
+    def prompt(**options):
+        return tokenizer.decode(prompt_ids(tokenizer, "Why?", **options)[0])
+
+    assert prompt() == "<s>user: Why?</s><s>assistant: "  # one BOS, the template's own
+    assert prompt(chat=False) == "<s>Why?"
     tokenizer.chat_template = None
-    assert chat_prompt(tokenizer, "Why?") == "Why?"
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %} [you]{% endif %}"
-    )
-    assert chat_prompt(tokenizer, "Why?") == "[user] Why? [you]"
+    assert prompt() == "<s>Why?"
 
 
 def test_bad_prompts(model):
