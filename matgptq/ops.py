@@ -137,7 +137,8 @@ def linear_by_pieces(
     out_features = _check(x, qweight, scales, zeros, bias, bits, group_size, rule, master_bits)
     in_features = x.shape[-1]
     tokens = x.reshape(-1, in_features).float()
-    y = tokens.new_empty(tokens.shape[0], out_features)
+    y = tokens.new_empty(*x.shape[:-1], out_features)  # no view of it is returned: autograd would refuse y += 1
+    flat = y.view(tokens.shape[0], out_features)
     step, offset = level_terms(bits, rule, master_bits)
     # scale * (step * S + offset - zero) = (scale * step) * (S - centre): step is a power of two, so this is exact.
     factors = scales.float() * step
@@ -150,10 +151,10 @@ def linear_by_pieces(
         slices = read_slices(qweight[..., piece, :], bits, rule, master_bits)
         weights = slices.float().view(slices.shape[0], factors.shape[1], -1)
         weights.sub_(centre[piece] if isinstance(centre, Tensor) else centre).mul_(factors[piece].unsqueeze(-1))
-        torch.mm(tokens, weights.view(-1, in_features).t(), out=y[:, piece])
+        torch.mm(tokens, weights.view(-1, in_features).t(), out=flat[:, piece])
     if bias is not None:
         y.add_(bias.float())
-    return y.to(x.dtype).view(*x.shape[:-1], out_features)
+    return y.to(x.dtype)
 
 
 def _linear_fake(

@@ -86,6 +86,13 @@ def test_the_same_output_at_every_width(options, resident):
             torch.testing.assert_close(packed(X), stored(X), rtol=1e-5, atol=1e-5)
 
 
+def test_outputs_can_be_changed_in_place():
+    for made in (layer(), PackedLinear(layer(), dtype=torch.float16)):
+        y = made(X.clone().requires_grad_())
+        y += 1
+        assert torch.equal(y, made(X) + 1)
+
+
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
 @pytest.mark.parametrize("resident", [True, False])
 def test_what_was_packed_can_be_stored_again(options, resident):
