@@ -34,6 +34,10 @@ from .packed import pack
 
 logger = logging.getLogger(__name__)
 
+# What from_pretrained takes that says where the config is, and whether its code may run.
+_WHERE = {"cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision"}
+_WHERE |= {"subfolder", "token", "trust_remote_code"}
+
 
 @register_quantization_config(PUBLISHED_METHOD)
 @register_quantization_config(QUANT_METHOD)
@@ -235,16 +239,17 @@ def load(
     Example:
         >>> model = load("SmolLM2-135M-MatGPTQ", bits=4)                    # doctest: +SKIP
     """
-    config = AutoConfig.from_pretrained(model)
+    where = {name: value for name, value in kwargs.items() if name in _WHERE}
+    config = kwargs.get("config") or AutoConfig.from_pretrained(model, **where)
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         raise ValueError(f"model must have a quantization_config in its config.json, got none ({model})")
     QuantConfig.from_dict(stored, where=f"{model}: quantization_config")
-    if Path(model).is_dir():
-        check_folder(model)  # the index too, which Transformers would follow out of the folder
-    loaded, found = AutoModelForCausalLM.from_pretrained(
-        model, config=config, dtype=dtype, output_loading_info=True, **kwargs
-    )
+    folder = Path(model, kwargs.get("subfolder") or "")
+    if folder.is_dir() and not kwargs.get("variant"):  # whose files have other names
+        check_folder(folder)  # the index too, which Transformers would follow out of the folder
+    dtype = kwargs.pop("torch_dtype", dtype)  # its old name
+    loaded, found = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True, **kwargs)
     if found["missing_keys"]:  # Transformers fills these with random numbers, and warns
         raise CheckpointError(f"{model}: {', '.join(sorted(found['missing_keys']))} must be stored, got no such tensor")
     if bits is not None:
