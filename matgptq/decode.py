@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from .attention import attending
 from .inductor import step_options
 from .linear import quantized_layers
 from .packed import PackedLinear, warmup
+
+_LAYERS = (StaticLayer, StaticSlidingWindowLayer)  # not what inherits from them: layers of hybrid models
 
 
 class Decoder:
@@ -38,7 +41,8 @@ class Decoder:
             served at one width are one call.
 
     Raises:
-        ValueError: a size is not positive, or ``compile`` is asked for a model with shorter sliding windows.
+        ValueError: a size is not positive, ``compile`` is asked for a model with shorter sliding windows, or the model
+            keeps other state than keys and values (Mamba, linear attention): use ``model.generate``.
 
     Example:
         >>> decoder = Decoder(load("NESTED", bits=4, device="cuda"), max_length=256)        # doctest: +SKIP
@@ -54,6 +58,10 @@ class Decoder:
         self.model = model
         self.batch_size, self.max_length = batch_size, max_length
         self._cache = StaticCache(config=model.config, max_cache_len=max_length)
+        others = {type(layer).__name__ for layer in self._cache.layers if type(layer) not in _LAYERS}
+        if others:
+            got = f"{', '.join(sorted(others))} ({type(model).__name__})"
+            raise ValueError(f"model must keep keys and values alone in its cache, got {got}: use model.generate")
         window = min((layer.max_cache_len for layer in self._cache.layers if layer.is_sliding), default=max_length)
         if compile and window < max_length:
             raise ValueError(f"compile must be off beyond the sliding window of {window}, got max_length {max_length}")

@@ -189,6 +189,15 @@ def test_beyond_a_sliding_window(tmp_path):
         Decoder(model, max_length=40, compile=True)
 
 
+def test_models_that_keep_other_state_are_refused():
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
+    config = AutoConfig.for_model("lfm2", layer_types=["conv", "full_attention"], num_hidden_layers=2, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"got LinearAttentionLayer \(Lfm2ForCausalLM\): use model.generate"):
+        Decoder(model)
+
+
 def test_a_prompt_takes_the_form_of_a_chat(tiny_folder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
