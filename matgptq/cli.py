@@ -137,6 +137,8 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     from .decode import Decoder, prompt_ids
     from .hf import load
 
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be positive, got {options.max_new_tokens}")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = load(options.model, options.bits, dtype=_dtype(options), device=options.device)
     ids = prompt_ids(tokenizer, options.prompt, chat=not options.raw)

@@ -102,18 +102,24 @@ class Decoder:
             eos_token_id: tokens that end a sequence; decoding ends when all have ended. None: none does.
 
         Raises:
+            TypeError: ``input_ids`` is no tensor: of what a tokenizer gives, ``.input_ids`` is.
             ValueError: the prompts do not have that shape, or prompt and answer are longer than ``max_length``.
         """
+        if not isinstance(input_ids, Tensor):
+            raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
         if input_ids.dim() != 2 or input_ids.shape[0] != self.batch_size or input_ids.shape[1] < 1:
             got = tuple(input_ids.shape)
             raise ValueError(f"input_ids must have shape ({self.batch_size}, length), got {got}")
         room = self.max_length - input_ids.shape[1]
+        if room < 1:
+            raise ValueError(f"input_ids must be shorter than max_length {self.max_length}, got {input_ids.shape[1]}")
         count = room if max_new_tokens is None else max_new_tokens
         if not 1 <= count <= room:
             raise ValueError(
                 f"max_new_tokens must be 1 to {room}, max_length {self.max_length} less the prompt, got {count}"
             )
-        ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ()), device="cpu")
+        tokens = eos_token_id if hasattr(eos_token_id, "__index__") else list(eos_token_id or ())
+        ends = torch.as_tensor(tokens, device="cpu").reshape(-1)
         self.prepare()
         self._cache.reset()
         self._token.copy_(self._next(input_ids.to(self._token.device)))

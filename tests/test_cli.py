@@ -97,6 +97,7 @@ def test_eval_measures_every_width_and_draws_it(nested, tiny_folder, text_file, 
         (["slice", "{nested}", "--bits", "9", "--out", "{tmp}/x"], "bits must be an integer from 2 to 8, got 9"),
         (["slice", "{nested}", "--bits", "4", "--out", "{nested}"], "out must be a new or an empty folder"),
         (["generate", "{nested}", "--prompt", "x", "--bits", "1"], "got 1"),
+        (["generate", "{nested}", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens must be positive, got"),
         (
             ["generate", "{dense}", "--prompt", "x"],
             "model must have a quantization_config in its config.json, got none",

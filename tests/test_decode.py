@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
 import matgptq
 from matgptq.attention import NAME, attend, attending
@@ -116,6 +116,13 @@ def test_decoding_ends_when_all_sequences_have(model):
     assert got.shape[1] <= 5
 
 
+def test_any_kind_of_integer_ends_a_sequence(model):
+    decoder = Decoder(model, max_length=40)
+    token = decoder.generate(IDS, 1)[0, 0]
+    for end in (token, token.numpy(), token.numpy()[()], token.view(1), {token.item()}):
+        assert decoder.generate(IDS, 4, end).tolist() == [[token]]
+
+
 def test_the_stream_can_be_left(model):
     decoder = Decoder(model, max_length=40)
     for _ in decoder.stream(IDS, 10):
@@ -217,8 +224,10 @@ def test_bad_prompts(model):
         next(decoder.stream(torch.cat([IDS, IDS])))
     with pytest.raises(ValueError, match=r"max_new_tokens must be 1 to 3, .* got 4"):
         next(decoder.stream(IDS, 4))
-    with pytest.raises(ValueError, match=r"max_new_tokens must be 1 to 0, .* got 0"):
+    with pytest.raises(ValueError, match="input_ids must be shorter than max_length 17, got 17"):
         next(Decoder(model, max_length=17).stream(IDS))
+    with pytest.raises(TypeError, match="input_ids must be a tensor, got BatchEncoding"):
+        next(decoder.stream(BatchEncoding({"input_ids": IDS})))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
