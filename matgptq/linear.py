@@ -89,15 +89,16 @@ class MatGPTQLinear(nn.Module):
         self.perm: Tensor | None
         self.register_buffer("qweight", torch.empty(shape, dtype=torch.uint8, device=device))
         self.register_buffer("scales", torch.empty(out_features, groups, dtype=dtype, device=device))
-        zeros = None if sym else torch.empty(out_features, groups, dtype=zero_dtype, device=device)
-        self.register_buffer("zeros", zeros)
-        perm = torch.empty(in_features, dtype=torch.int32, device=device) if act_order else None
-        self.register_buffer("perm", perm)
         self.own_widths = tuple(
             sorted(check_bits(width, name="own_widths", most=master_bits, where=name) for width in own_widths)
         )
         for width in self.own_widths:
             self.register_buffer(f"scales_{width}", torch.empty_like(self.scales))
+        # Those that may be None come last: torch.export counts buffers with them in one place and without in another.
+        zeros = None if sym else torch.empty(out_features, groups, dtype=zero_dtype, device=device)
+        self.register_buffer("zeros", zeros)
+        perm = torch.empty(in_features, dtype=torch.int32, device=device) if act_order else None
+        self.register_buffer("perm", perm)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), False) if bias else None
         self.bits = bits
 
