@@ -8,7 +8,7 @@ width of the checkpoint, chosen per call.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -225,6 +225,15 @@ class PackedLinear(MatGPTQLinear):
             device=device,
             name=self.name,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Moves and converts the tensors; zeros stay float32, as the kernels read them."""
+        before = self.unit_zeros
+        super()._apply(fn, recurse)
+        after = self.unit_zeros
+        if before is not None and after is not None and after.dtype != torch.float32:
+            self.unit_zeros = before.to(after.device)
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         self.unpacked()._save_to_state_dict(destination, prefix, keep_vars)

@@ -367,6 +367,17 @@ def tensors(module):
     return [t for layer in module.children() for t in (*layer.buffers(), *layer.parameters())]
 
 
+@pytest.mark.parametrize("change", [nn.Module.bfloat16, lambda layer: layer.to("meta", torch.bfloat16)])
+def test_zeros_stay_float32_whatever_the_activations(change):
+    packed = PackedLinear(layer(sym=False), dtype=torch.float16)
+    zeros = packed.unit_zeros
+    change(packed)
+    assert packed.dtype == torch.bfloat16
+    assert packed.unit_zeros.dtype == torch.float32
+    assert packed.unit_zeros.device == packed.planes.device
+    assert packed.planes.is_meta or torch.equal(packed.unit_zeros, zeros)
+
+
 def test_layers_that_lie_together_can_be_copied_moved_and_changed():
     module = block(64, 64)
     pack(module, dtype=torch.float16)
