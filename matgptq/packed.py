@@ -19,8 +19,12 @@ from .kernels.op import packed_linear, packed_linear_at
 from .kernels.packing import TILE, pack_codes, pack_scales, unpack, unpack_scales
 from .kernels.tiles import Problem
 from .linear import MatGPTQLinear, quantized_layers
+from .ops import inference_only
 from .planes import pack_planes, read_slices
 from .slicing import MAX_BITS
+
+for op in ("packed_linear", "packed_linear_at", "packed_linears_at"):
+    inference_only(op)
 
 
 class PackedLinear(MatGPTQLinear):

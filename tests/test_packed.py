@@ -93,6 +93,21 @@ def test_outputs_can_be_changed_in_place():
         assert torch.equal(y, made(X) + 1)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_are_refused_not_left_out(compiled):
+    made, packed, at_run_time = layer(), *(PackedLinear(layer(), dtype=torch.float16) for _ in range(2))
+    at_run_time.width_at_run_time = True
+    module = block(64, 64)
+    pack(module, dtype=torch.float16)
+    arguments = of_several(None, list(module.children()))[1:]
+    for call in (made, packed, at_run_time, lambda x: torch.ops.matgptq.packed_linears_at(x, *arguments)):
+        if compiled:
+            call = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+        y = call(X.clone().requires_grad_())
+        with pytest.raises(RuntimeError, match="a MatGPTQ layer has no backward pass"):
+            y.sum().backward()
+
+
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
 @pytest.mark.parametrize("resident", [True, False])
 def test_what_was_packed_can_be_stored_again(options, resident):
