@@ -21,6 +21,7 @@ from . import __version__, bench_linear
 from .config import QuantConfig, read_widths
 from .folder import slice_folder
 from .info import info_of
+from .packed import check_device
 from .slicing import MAX_BITS, RULES
 
 WIDTHS = (8, 6, 4, 3, 2)
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        _check_device(getattr(options, "device", None))
+        check_device(getattr(options, "device", None), "--device")
         result: dict[str, Any] = options.run(options)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"matgptq {options.command}: error: {error}", file=sys.stderr)
@@ -237,16 +238,6 @@ def dummy(options: argparse.Namespace) -> dict[str, Any]:
 
 def _folder_bytes(folder: str | Path) -> int:
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-
-
-def _check_device(device: str | None) -> None:
-    """Raise a ValueError unless torch knows the device, and has a GPU if it is one."""
-    try:
-        kind = torch.device(device or "cpu").type
-    except RuntimeError as error:
-        raise ValueError(f"--device must be one of torch's, such as cpu or cuda:0, got {device}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device must be there, got {device}, and torch finds no GPU")
 
 
 def _dtype(options: argparse.Namespace, stored: torch.dtype | None = None) -> torch.dtype | str:

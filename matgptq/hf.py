@@ -30,7 +30,7 @@ from .checkpoint import (
 )
 from .config import PUBLISHED_METHOD, QUANT_METHOD, QuantConfig
 from .linear import quantized_layers, set_bits
-from .packed import pack
+from .packed import check_device, pack
 
 logger = logging.getLogger(__name__)
 
@@ -233,12 +233,14 @@ def load(
         **kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        ValueError: the model is not quantised by MatGPTQ, or cannot serve a width that is asked for.
+        ValueError: the model is not quantised by MatGPTQ, or cannot serve a width that is asked for; the device is not
+            there.
         CheckpointError: a file breaks a rule of the format, or a tensor of the model is not stored.
 
     Example:
         >>> model = load("SmolLM2-135M-MatGPTQ", bits=4)                    # doctest: +SKIP
     """
+    check_device(device)
     where = {name: value for name, value in kwargs.items() if name in _WHERE}
     config = kwargs.get("config") or AutoConfig.from_pretrained(model, **where)
     stored = getattr(config, "quantization_config", None)

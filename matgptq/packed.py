@@ -342,6 +342,18 @@ def warmup(model: nn.Module, tokens: Iterable[int] = (1, 2, 4, 8, 16, 32, 64)) -
         compile_and_load({layer.problem(m) for layer in there for m in tokens}, device)
 
 
+def check_device(device: torch.device | str | None, name: str = "device") -> None:
+    """Raise a ValueError unless a model can be on ``device``: torch knows it, and it is there. None is the CPU."""
+    try:
+        wanted = torch.device("cpu" if device is None else device)
+    except RuntimeError:
+        raise ValueError(f"{name} must be one of torch's, such as cpu or cuda:0, got {device}") from None
+    found = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if found and found.type == wanted.type else 0
+    if wanted.type != "cpu" and (wanted.index or 0) >= count:
+        raise ValueError(f"{name} must be there, got {device}, and torch finds {count} of its kind")
+
+
 def check_scales(scales: Tensor, dtype: torch.dtype, name: str, zeros: Tensor | None = None) -> None:
     """Raise a ValueError if a weight ``scales * (level - zeros)`` may be beyond ``dtype``, whatever its code.
 

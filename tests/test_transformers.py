@@ -230,6 +230,12 @@ def test_a_dense_model_is_not_loaded_as_a_nested_one(tiny_folder):
         AutoModelForCausalLM.from_pretrained(tiny_folder, quantization_config=matgptq.MatGPTQConfig(bits=4))
 
 
+@pytest.mark.parametrize("device", ["meta", "cuda:99", torch.device("xpu")])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(device):
+    with pytest.raises(ValueError, match=f"device must be there, got {device}, and torch finds"):
+        matgptq.load("nowhere", device=device)
+
+
 def test_a_compiled_model_has_no_graph_breaks(folder):
     model = matgptq.load(folder, bits=4, dtype=torch.float32)
     assert model.hf_quantizer.is_compileable
