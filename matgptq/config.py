@@ -150,7 +150,7 @@ def read_widths(path: str | Path) -> dict[str, int]:
     """
     widths: dict[str, int] = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()  # Notepad begins with a BOM
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: file must be UTF-8 text, got {error}") from None
     for number, line in enumerate(lines, start=1):

@@ -71,6 +71,8 @@ class MatGPTQLinear(nn.Module):
             raise ValueError(f"in_features must be a positive multiple of 16, got {in_features}{at}")
         if out_features <= 0:
             raise ValueError(f"out_features must be positive, got {out_features}{at}")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype must be floating point, got {dtype}{at}")
         check_bits(master_bits, name="master_bits", where=name)
         groups = group_count(in_features, group_size, where=name)
         self.in_features, self.out_features = in_features, out_features
@@ -212,9 +214,11 @@ def set_bits(model: nn.Module, bits: int | Mapping[str, int]) -> None:
     if not layers:
         raise ValueError("model must have MatGPTQLinear layers, got none")
     wanted: Mapping[str, int] = bits if isinstance(bits, Mapping) else {"*": bits}
-    for key in wanted:
+    for key, value in wanted.items():
         if not any(name == key or fnmatch.fnmatchcase(name, key) for name in layers):
             raise ValueError(f"bits must name quantised layers of the model, got {key!r} which matches none")
+        if value is None:
+            raise ValueError(f"bits must be a width for {key!r}, got None")
     chosen = {name: match_bits(name, wanted) for name in layers}
     for name, width in chosen.items():
         if width is not None and (not isinstance(width, int) or width not in layers[name].widths):
