@@ -172,9 +172,15 @@ class PackedLinear(MatGPTQLinear):
             raise ValueError(f"rows must be cut at multiples of {TILE}, got {start} to {stop} ({self.name})")
         part = super().rows(start, stop)
         assert isinstance(part, PackedLinear)
-        with torch.inference_mode(False):
-            part._width = self._width.clone()
         return part
+
+    def __copy__(self) -> PackedLinear:
+        """The layer in the same memory, with a width of its own."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        with torch.inference_mode(False):
+            twin._width = self._width.clone()
+        return twin
 
     def _cut(self, name: str, tensor: Tensor | None, start: int, stop: int) -> Tensor | None:
         return tensor if tensor is None or name == "perm" else tensor[start // TILE : -(-stop // TILE)]
@@ -286,6 +292,8 @@ def pack(model: nn.Module, *, dtype: torch.dtype | None = None, resident: bool =
     layers = {name: layer for name, layer in quantized_layers(model).items() if not isinstance(layer, PackedLinear)}
     if not layers:
         raise ValueError("model must have MatGPTQLinear layers that are not packed yet, got none")
+    if "" in layers:
+        raise ValueError("model must hold its layers in a module, got a layer: use PackedLinear(layer, dtype=...)")
     activations: torch.dtype = model.dtype if dtype is None else dtype  # type: ignore[assignment]
     while layers:
         parent = next(reversed(layers)).rpartition(".")[0]

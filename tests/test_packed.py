@@ -171,6 +171,8 @@ def test_activations_that_the_kernels_do_not_take_are_refused():
         PackedLinear(layer(), dtype=torch.float32)
     with pytest.raises(ValueError, match="model must have MatGPTQLinear layers that are not packed yet, got none"):
         pack(tiny_model())
+    with pytest.raises(ValueError, match=r"model must hold its layers in a module, got a layer: use PackedLinear"):
+        pack(layer(), dtype=torch.float16)
 
 
 def test_a_packed_model_is_served_saved_and_loaded(tiny_folder, tmp_path):
@@ -296,6 +298,7 @@ def test_the_width_can_change_wherever_the_layer_was_made():
         another = PackedLinear(stored, dtype=torch.float16)
         another.bits = 3
     packed.bits = part.bits = 3
+    copy.copy(packed).bits = 4
     for made in (packed, part, another):
         assert made._width.tolist() == [3, 0]
 
