@@ -63,6 +63,17 @@ def test_the_width_is_chosen_at_load(folder):
         by_config = AutoModelForCausalLM.from_pretrained(folder, quantization_config=matgptq.MatGPTQConfig(bits=3))
     for model in (by_load, by_config):
         assert {layer.bits for layer in matgptq.quantized_layers(model).values()} == {3}
+    assert by_config.config.quantization_config.to_dict()["bits"] == 3
+    for wrong in (9, {"*": 9}):
+        with pytest.raises(ValueError, match="bits must be an integer from 2 to 8, got 9"):
+            matgptq.MatGPTQConfig(bits=wrong)
+
+
+def test_float64_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="dtype must be float16, bfloat16 or float32, got float64"):
+        matgptq.load(folder, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"model must be .* float32 to be saved, got torch\.float64"):
+        matgptq.load(folder).double().save_pretrained(tmp_path)
 
 
 def test_what_from_pretrained_takes_is_passed_on(folder, tmp_path, monkeypatch):
