@@ -18,7 +18,9 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="quantised model folder, or name on the Hugging Face hub")
-    parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4, 3, 2], help="widths, bits")
+    parser.add_argument(
+        "--bits", type=int, nargs="+", choices=range(2, 9), metavar="BITS", default=[8, 6, 4, 3, 2], help="widths, bits"
+    )
     parser.add_argument("--prompt", default="What is the capital of France?")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, tokens")
     parser.add_argument("--max-model-len", type=int, default=2048, help="longest prompt and answer, tokens")
