@@ -8,6 +8,7 @@ width of the checkpoint, chosen per call.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from .linear import MatGPTQLinear, quantized_layers
 from .ops import inference_only
 from .planes import pack_planes, read_slices
 from .slicing import MAX_BITS
+
+logger = logging.getLogger(__name__)
 
 for op in ("packed_linear", "packed_linear_at", "packed_linears_at"):
     inference_only(op)
@@ -365,6 +368,8 @@ def check_device(device: torch.device | str | None, name: str = "device") -> Non
 def check_scales(scales: Tensor, dtype: torch.dtype, name: str, zeros: Tensor | None = None) -> None:
     """Raise a ValueError if a weight ``scales * (level - zeros)`` may be beyond ``dtype``, whatever its code.
 
+    Warn of scales too small for ``dtype``, which lose more of themselves than bfloat16 rounds off.
+
     Hopper's kernel makes weights of all codes, those of padding too, whose x is 0: Inf times 0 would be NaN.
     """
     top = 2**MAX_BITS
@@ -374,6 +379,9 @@ def check_scales(scales: Tensor, dtype: torch.dtype, name: str, zeros: Tensor | 
     if largest > most:
         of = "" if zeros is None else " with its zeros"
         raise ValueError(f"{name}{of} must be at most {most:g} in {dtype}, for weights to be finite, got {largest:g}")
+    lost = int(((scales.to(dtype).float() - scales).abs() > scales.abs() / 2**8).sum())
+    if lost:
+        logger.warning("%s: %d of %d are too small for %s and lose bits", name, lost, scales.numel(), dtype)
 
 
 def _gain(rule: str, shift: int) -> float:

@@ -37,6 +37,7 @@ def layer(
         own_widths=own,
         act_order=act_order,
         dtype=dtype,
+        **options,
     )
     codes = torch.randint(0, 2**master_bits, (70, 96), dtype=torch.uint8)
     made.qweight = (
@@ -231,6 +232,16 @@ def test_scales_too_large_with_their_zeros_are_an_error():
         ValueError, match=r"^scales with its zeros must be at most 255\.875 in torch\.float16, .* got 312"
     ):
         PackedLinear(made, dtype=torch.float16)
+
+
+def test_scales_that_lose_bits_are_told(caplog):
+    made = layer(dtype=torch.bfloat16, name="up")
+    made.scales[3, :2] = torch.tensor([0, 2.0**-24])  # exact in float16
+    PackedLinear(made, dtype=torch.float16)
+    assert not caplog.messages
+    made.scales[3, :2] = torch.tensor([1e-9, 1.5 * 2.0**-24])
+    PackedLinear(made, dtype=torch.float16)
+    assert caplog.messages == ["up.scales: 2 of 210 are too small for torch.float16 and lose bits"]
 
 
 def test_packing_lets_go_of_each_layer_as_it_goes():
