@@ -37,7 +37,12 @@ def main() -> None:
         Case(m, options.n_out_features, options.n_in_features, bits, options.dtype, options.group_size, mode)
         for bits, m in product(options.bits, options.batch_sizes)
     ]
-    report = measure(cases, device, cuda_graph=not options.no_cudagraph)
+    if min(options.batch_sizes) < 1:
+        parser.error(f"--batch-sizes must be positive, got {min(options.batch_sizes)}")
+    try:
+        report = measure(cases, device, cuda_graph=not options.no_cudagraph)
+    except ValueError as error:
+        parser.error(str(error))
     print(table(report))
     name = f"{options.n_out_features}x{options.n_in_features}_{options.dtype}_{mode}"
     title = f"{report['device']}, {options.n_out_features} x {options.n_in_features}, {options.dtype}, {mode}"

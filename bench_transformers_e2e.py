@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import matgptq
 from matgptq.bench import measured_commit
 from matgptq.decode import Decoder
+from matgptq.packed import check_device
 
 LOOPS = ("decoder", "compiled", "generate", "static")
 GIB = 2**30
@@ -117,7 +118,9 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="quantised model folder, or name on the Hugging Face hub")
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 6, 8], help="widths, bits")
+    parser.add_argument(
+        "--bits", type=int, nargs="+", choices=range(2, 9), metavar="BITS", default=[2, 3, 4, 6, 8], help="widths"
+    )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16], help="sequences at a time")
     parser.add_argument("--loops", choices=LOOPS, nargs="+", default=["decoder", "compiled", "generate"])
     parser.add_argument("--generate-bits", type=int, nargs="+", default=[4], help="widths that `generate` is timed at")
@@ -129,6 +132,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
+    try:
+        check_device(options.device, "--device")
+    except ValueError as error:
+        parser.error(str(error))
+    if min(*options.batch_sizes, options.prompt_tokens, options.new_tokens, options.repeats) < 1:
+        parser.error("--batch-sizes, --prompt-tokens, --new-tokens and --repeats must be positive")
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
     if on_gpu:

@@ -11,14 +11,16 @@ import time
 from vllm import LLM, SamplingParams
 
 import vllm_matgptq
-from matgptq.decode import chat_prompt
+from matgptq.decode import prompt_ids
 
 
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="quantised model folder, or name on the Hugging Face hub")
-    parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4, 3, 2], help="widths, bits")
+    parser.add_argument(
+        "--bits", type=int, nargs="+", choices=range(2, 9), metavar="BITS", default=[8, 6, 4, 3, 2], help="widths, bits"
+    )
     parser.add_argument("--prompt", default="What is the capital of France?")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, tokens")
     parser.add_argument("--max-model-len", type=int, default=2048, help="longest prompt and answer, tokens")
@@ -32,8 +34,7 @@ def main() -> None:
         enforce_eager=options.enforce_eager,
         **vllm_matgptq.engine_args(resident=True),
     )
-    tokenizer = llm.get_tokenizer()
-    ids = tokenizer(chat_prompt(tokenizer, options.prompt), add_special_tokens=False).input_ids
+    ids = prompt_ids(llm.get_tokenizer(), options.prompt)[0].tolist()
     sampling = SamplingParams(temperature=0, max_tokens=options.max_new_tokens)
     for bits in options.bits:
         ready = vllm_matgptq.set_bits(llm, bits)  # the same weights in memory, read at another width

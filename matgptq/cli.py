@@ -23,6 +23,7 @@ from . import __version__, bench_linear
 from .config import QuantConfig, read_widths
 from .folder import slice_folder
 from .info import info_of
+from .packed import check_device
 from .slicing import MAX_BITS, RULES
 
 WIDTHS = (8, 6, 4, 3, 2)
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        _check_device(getattr(options, "device", None))
+        check_device(getattr(options, "device", None), "--device")
         result: dict[str, Any] = options.run(options)
     except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:  # the last one: disk full
         print(f"matgptq {options.command}: error: {error}", file=sys.stderr)
@@ -137,19 +138,20 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     """``matgptq generate``: the answer to a prompt, token by token as it comes."""
     from transformers import AutoTokenizer, TextStreamer
 
-    from .decode import Decoder, chat_prompt
+    from .decode import Decoder, prompt_ids
     from .hf import load
 
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be positive, got {options.max_new_tokens}")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = load(options.model, options.bits, dtype=_dtype(options), device=options.device)
-    prompt = options.prompt if options.raw else chat_prompt(tokenizer, options.prompt)
-    prompt_ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
-    decoder = Decoder(model, max_length=prompt_ids.shape[1] + options.max_new_tokens, compile=options.compile)
+    ids = prompt_ids(tokenizer, options.prompt, chat=not options.raw)
+    decoder = Decoder(model, max_length=ids.shape[1] + options.max_new_tokens, compile=options.compile)
     decoder.prepare()
     streamer = None if options.quiet else TextStreamer(tokenizer, skip_special_tokens=True)
     new: list[int] = []
     start = time.perf_counter()
-    for token in decoder.stream(prompt_ids, eos_token_id=model.generation_config.eos_token_id):
+    for token in decoder.stream(ids, eos_token_id=model.generation_config.eos_token_id):
         new.append(int(token))
         if streamer:
             streamer.put(token)
@@ -250,16 +252,6 @@ def _finite(value: float) -> float | None:
 
 def _folder_bytes(folder: str | Path) -> int:
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-
-
-def _check_device(device: str | None) -> None:
-    """Raise a ValueError unless torch knows the device, and has a GPU if it is one."""
-    try:
-        kind = torch.device(device or "cpu").type
-    except RuntimeError as error:
-        raise ValueError(f"--device must be one of torch's, such as cpu or cuda:0, got {device}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device must be there, got {device}, and torch finds no GPU")
 
 
 def _dtype(options: argparse.Namespace, stored: torch.dtype | None = None) -> torch.dtype | str:

@@ -160,7 +160,7 @@ def read_widths(path: str | Path) -> dict[str, int]:
     """
     widths: dict[str, int] = {}
     with utf8(path):
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()  # Notepad begins with a BOM
     for number, line in enumerate(lines, start=1):
         line = line.split("#", 1)[0].strip()
         if not line:

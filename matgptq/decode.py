@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from .attention import attending
 from .inductor import step_options
 from .linear import quantized_layers
 from .packed import PackedLinear, warmup
+
+_LAYERS = (StaticLayer, StaticSlidingWindowLayer)  # not what inherits from them: layers of hybrid models
 
 
 class Decoder:
@@ -38,7 +41,8 @@ class Decoder:
             served at one width are one call.
 
     Raises:
-        ValueError: a size is not positive, or ``compile`` is asked for a model with shorter sliding windows.
+        ValueError: a size is not positive, ``compile`` is asked for a model with shorter sliding windows, or the model
+            keeps other state than keys and values (Mamba, linear attention): use ``model.generate``.
 
     Example:
         >>> decoder = Decoder(load("NESTED", bits=4, device="cuda"), max_length=256)        # doctest: +SKIP
@@ -54,6 +58,10 @@ class Decoder:
         self.model = model
         self.batch_size, self.max_length = batch_size, max_length
         self._cache = StaticCache(config=model.config, max_cache_len=max_length)
+        others = {type(layer).__name__ for layer in self._cache.layers if type(layer) not in _LAYERS}
+        if others:
+            got = f"{', '.join(sorted(others))} ({type(model).__name__})"
+            raise ValueError(f"model must keep keys and values alone in its cache, got {got}: use model.generate")
         window = min((layer.max_cache_len for layer in self._cache.layers if layer.is_sliding), default=max_length)
         if compile and window < max_length:
             raise ValueError(f"compile must be off beyond the sliding window of {window}, got max_length {max_length}")
@@ -94,18 +102,24 @@ class Decoder:
             eos_token_id: tokens that end a sequence; decoding ends when all have ended. None: none does.
 
         Raises:
+            TypeError: ``input_ids`` is no tensor: of what a tokenizer gives, ``.input_ids`` is.
             ValueError: the prompts do not have that shape, or prompt and answer are longer than ``max_length``.
         """
+        if not isinstance(input_ids, Tensor):
+            raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}")
         if input_ids.dim() != 2 or input_ids.shape[0] != self.batch_size or input_ids.shape[1] < 1:
             got = tuple(input_ids.shape)
             raise ValueError(f"input_ids must have shape ({self.batch_size}, length), got {got}")
         room = self.max_length - input_ids.shape[1]
+        if room < 1:
+            raise ValueError(f"input_ids must be shorter than max_length {self.max_length}, got {input_ids.shape[1]}")
         count = room if max_new_tokens is None else max_new_tokens
         if not 1 <= count <= room:
             raise ValueError(
                 f"max_new_tokens must be 1 to {room}, max_length {self.max_length} less the prompt, got {count}"
             )
-        ends = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ()), device="cpu")
+        tokens = eos_token_id if hasattr(eos_token_id, "__index__") else list(eos_token_id or ())
+        ends = torch.as_tensor(tokens, device="cpu").reshape(-1)
         self.prepare()
         self._cache.reset()
         self._token.copy_(self._next(input_ids.to(self._token.device)))
@@ -204,9 +218,15 @@ def _largest(logits: Tensor) -> Tensor:
     return part * each.shape[-1] + best.argmax(-1, keepdim=True)
 
 
-def chat_prompt(tokenizer: Any, text: str) -> str:
-    """``text`` as a user's message in the chat template of ``tokenizer``; itself where there is none."""
-    if not tokenizer.chat_template:
-        return text
-    messages = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+def prompt_ids(tokenizer: Any, text: str, *, chat: bool = True) -> Tensor:
+    """Token ids ``(1, length)`` of ``text``, as a user's message in the chat template of ``tokenizer``.
+
+    Where there is no template, or not ``chat``: of the text itself, after what the tokenizer puts first (BOS), which a
+    template writes by itself.
+    """
+    chat = chat and bool(tokenizer.chat_template)
+    if chat:
+        messages = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids: Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).input_ids
+    return ids

@@ -30,9 +30,14 @@ from .checkpoint import (
 )
 from .config import PUBLISHED_METHOD, QUANT_METHOD, QuantConfig
 from .linear import quantized_layers, set_bits
-from .packed import pack
+from .packed import check_device, pack
+from .slicing import check_bits
 
 logger = logging.getLogger(__name__)
+
+# What from_pretrained takes that says where the config is, and whether its code may run.
+_WHERE = {"cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision"}
+_WHERE |= {"subfolder", "token", "trust_remote_code"}
 
 
 @register_quantization_config(PUBLISHED_METHOD)
@@ -46,9 +51,14 @@ class MatGPTQConfig(QuantizationConfigMixin):
     Args:
         bits: one width, or a map from layer name or shell-style pattern to width; None for the folder's own.
         stored: the folder's config, filled in by Transformers.
+
+    Raises:
+        ValueError: a width is not an integer from 2 to 8.
     """
 
     def __init__(self, bits: int | Mapping[str, int] | None = None, stored: QuantConfig | None = None) -> None:
+        for width in bits.values() if isinstance(bits, Mapping) else () if bits is None else (bits,):
+            check_bits(width)
         self.quant_method = QUANT_METHOD
         self.bits = bits
         self.stored = stored
@@ -98,9 +108,13 @@ class MatGPTQQuantizer(HfQuantizer):
                 check_values(layer, str(self._files[name]))
         if self.quantization_config.bits is not None:
             set_bits(model, self.quantization_config.bits)
+            assert self.quantization_config.stored is not None
+            self.quantization_config.stored = served_config(model, self.quantization_config.stored)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
         """Called by ``save_pretrained``: writes the widths that are served now into the config."""
+        if model.dtype == torch.float64:
+            raise ValueError("model must be float16, bfloat16 or float32 to be saved, got torch.float64")
         assert self.quantization_config.stored is not None
         self.quantization_config.stored = served_config(model, self.quantization_config.stored)
         return None, {}
@@ -241,22 +255,27 @@ def load(
         **kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        ValueError: the model is not quantised by MatGPTQ, or cannot serve a width that is asked for.
+        ValueError: the model is not quantised by MatGPTQ, or cannot serve a width that is asked for; the device is not
+            there, or ``dtype`` is float64.
         CheckpointError: a file breaks a rule of the format, or a tensor of the model is not stored.
 
     Example:
         >>> model = load("SmolLM2-135M-MatGPTQ", bits=4)                    # doctest: +SKIP
     """
-    config = AutoConfig.from_pretrained(model)
+    check_device(device)
+    dtype = kwargs.pop("torch_dtype", dtype)  # its old name
+    if str(dtype) in ("torch.float64", "float64"):
+        raise ValueError("dtype must be float16, bfloat16 or float32, got float64")
+    where = {name: value for name, value in kwargs.items() if name in _WHERE}
+    config = kwargs.get("config") or AutoConfig.from_pretrained(model, **where)
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         raise ValueError(f"model must have a quantization_config in its config.json, got none ({model})")
     QuantConfig.from_dict(stored, where=f"{model}: quantization_config")
-    if Path(model).is_dir():
-        check_folder(model)  # the index too, which Transformers would follow out of the folder
-    loaded, found = AutoModelForCausalLM.from_pretrained(
-        model, config=config, dtype=dtype, output_loading_info=True, **kwargs
-    )
+    folder = Path(model, kwargs.get("subfolder") or "")
+    if folder.is_dir() and not kwargs.get("variant"):  # whose files have other names
+        check_folder(folder)  # the index too, which Transformers would follow out of the folder
+    loaded, found = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, output_loading_info=True, **kwargs)
     if found["missing_keys"]:  # Transformers fills these with random numbers, and warns
         raise CheckpointError(f"{model}: {', '.join(sorted(found['missing_keys']))} must be stored, got no such tensor")
     if bits is not None:

@@ -71,6 +71,8 @@ class MatGPTQLinear(nn.Module):
             raise ValueError(f"in_features must be a positive multiple of 16, got {in_features}{at}")
         if out_features <= 0:
             raise ValueError(f"out_features must be positive, got {out_features}{at}")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype must be floating point, got {dtype}{at}")
         check_bits(master_bits, name="master_bits", where=name)
         groups = group_count(in_features, group_size, where=name)
         self.in_features, self.out_features = in_features, out_features
@@ -89,15 +91,16 @@ class MatGPTQLinear(nn.Module):
         self.perm: Tensor | None
         self.register_buffer("qweight", torch.empty(shape, dtype=torch.uint8, device=device))
         self.register_buffer("scales", torch.empty(out_features, groups, dtype=dtype, device=device))
-        zeros = None if sym else torch.empty(out_features, groups, dtype=zero_dtype, device=device)
-        self.register_buffer("zeros", zeros)
-        perm = torch.empty(in_features, dtype=torch.int32, device=device) if act_order else None
-        self.register_buffer("perm", perm)
         self.own_widths = tuple(
             sorted(check_bits(width, name="own_widths", most=master_bits, where=name) for width in own_widths)
         )
         for width in self.own_widths:
             self.register_buffer(f"scales_{width}", torch.empty_like(self.scales))
+        # Those that may be None come last: torch.export counts buffers with them in one place and without in another.
+        zeros = None if sym else torch.empty(out_features, groups, dtype=zero_dtype, device=device)
+        self.register_buffer("zeros", zeros)
+        perm = torch.empty(in_features, dtype=torch.int32, device=device) if act_order else None
+        self.register_buffer("perm", perm)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), False) if bias else None
         self.bits = bits
 
@@ -211,9 +214,11 @@ def set_bits(model: nn.Module, bits: int | Mapping[str, int]) -> None:
     if not layers:
         raise ValueError("model must have MatGPTQLinear layers, got none")
     wanted: Mapping[str, int] = bits if isinstance(bits, Mapping) else {"*": bits}
-    for key in wanted:
+    for key, value in wanted.items():
         if not any(name == key or fnmatch.fnmatchcase(name, key) for name in layers):
             raise ValueError(f"bits must name quantised layers of the model, got {key!r} which matches none")
+        if value is None:
+            raise ValueError(f"bits must be a width for {key!r}, got None")
     chosen = {name: match_bits(name, wanted) for name in layers}
     for name, width in chosen.items():
         if width is not None and (not isinstance(width, int) or width not in layers[name].widths):

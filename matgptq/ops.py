@@ -8,6 +8,8 @@ float copy of the weights ever exists. It multiplies and accumulates in float32 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -121,7 +123,7 @@ def unservable(bits: int, stored_bits: int, rule: str) -> str:
     return f"bits must be {stored_bits}: a slice cut by the rule {rule!r} serves its own width only, got {bits}"
 
 
-@torch.no_grad()  # inference only: torch warns at a backward pass through an op without one
+@torch.no_grad()
 def linear_by_pieces(
     x: Tensor,
     qweight: Tensor,
@@ -137,7 +139,8 @@ def linear_by_pieces(
     out_features = _check(x, qweight, scales, zeros, bias, bits, group_size, rule, master_bits)
     in_features = x.shape[-1]
     tokens = x.reshape(-1, in_features).float()
-    y = tokens.new_empty(tokens.shape[0], out_features)
+    y = tokens.new_empty(*x.shape[:-1], out_features)  # no view of it is returned: autograd would refuse y += 1
+    flat = y.view(tokens.shape[0], out_features)
     step, offset = level_terms(bits, rule, master_bits)
     # scale * (step * S + offset - zero) = (scale * step) * (S - centre): step is a power of two, so this is exact.
     factors = scales.float() * step
@@ -150,10 +153,10 @@ def linear_by_pieces(
         slices = read_slices(qweight[..., piece, :], bits, rule, master_bits)
         weights = slices.float().view(slices.shape[0], factors.shape[1], -1)
         weights.sub_(centre[piece] if isinstance(centre, Tensor) else centre).mul_(factors[piece].unsqueeze(-1))
-        torch.mm(tokens, weights.view(-1, in_features).t(), out=y[:, piece])
+        torch.mm(tokens, weights.view(-1, in_features).t(), out=flat[:, piece])
     if bias is not None:
         y.add_(bias.float())
-    return y.to(x.dtype).view(*x.shape[:-1], out_features)
+    return y.to(x.dtype)
 
 
 def _linear_fake(
@@ -171,5 +174,34 @@ def _linear_fake(
     return x.new_empty(*x.shape[:-1], out_features)
 
 
+def inference_only(name: str) -> None:
+    """Has a backward pass through an op of ours fail: torch would leave its gradients out, with a warning."""
+    torch.library.register_autograd(f"matgptq::{name}", _backward, setup_context=_keep, lib=library)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.shape = inputs[0].shape
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Fails when it runs, not before: compiled code may hold it as long as nothing asks for gradients."""
+    others = ([None] * len(needs) if isinstance(needs, list) else None for needs in ctx.needs_input_grad[1:])
+    return torch.ops.matgptq.no_gradient(grad, ctx.shape), *others
+
+
+def _no_gradient(grad: Tensor, shape: list[int]) -> Tensor:
+    raise RuntimeError("a MatGPTQ layer has no backward pass, it is for inference only: compute under torch.no_grad()")
+
+
+def _no_gradient_fake(grad: Tensor, shape: list[int]) -> Tensor:
+    return grad.new_empty(shape)
+
+
 library.impl("linear", linear_by_pieces, "CompositeExplicitAutograd")
 torch.library.register_fake("matgptq::linear", _linear_fake, lib=library)
+
+
+library.define("no_gradient(Tensor grad, SymInt[] shape) -> Tensor")
+library.impl("no_gradient", _no_gradient, "CompositeExplicitAutograd")
+torch.library.register_fake("matgptq::no_gradient", _no_gradient_fake, lib=library)
+inference_only("linear")

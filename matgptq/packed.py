@@ -8,7 +8,8 @@ width of the checkpoint, chosen per call.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,14 @@ from .kernels.op import packed_linear, packed_linear_at
 from .kernels.packing import TILE, pack_codes, pack_scales, unpack, unpack_scales
 from .kernels.tiles import Problem
 from .linear import MatGPTQLinear, quantized_layers
+from .ops import inference_only
 from .planes import pack_planes, read_slices
 from .slicing import MAX_BITS
+
+logger = logging.getLogger(__name__)
+
+for op in ("packed_linear", "packed_linear_at", "packed_linears_at"):
+    inference_only(op)
 
 
 class PackedLinear(MatGPTQLinear):
@@ -168,9 +175,15 @@ class PackedLinear(MatGPTQLinear):
             raise ValueError(f"rows must be cut at multiples of {TILE}, got {start} to {stop} ({self.name})")
         part = super().rows(start, stop)
         assert isinstance(part, PackedLinear)
-        with torch.inference_mode(False):
-            part._width = self._width.clone()
         return part
+
+    def __copy__(self) -> PackedLinear:
+        """The layer in the same memory, with a width of its own."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        with torch.inference_mode(False):
+            twin._width = self._width.clone()
+        return twin
 
     def _cut(self, name: str, tensor: Tensor | None, start: int, stop: int) -> Tensor | None:
         return tensor if tensor is None or name == "perm" else tensor[start // TILE : -(-stop // TILE)]
@@ -226,6 +239,15 @@ class PackedLinear(MatGPTQLinear):
             name=self.name,
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Moves and converts the tensors; zeros stay float32, as the kernels read them."""
+        before = self.unit_zeros
+        super()._apply(fn, recurse)
+        after = self.unit_zeros
+        if before is not None and after is not None and after.dtype != torch.float32:
+            self.unit_zeros = before.to(after.device)
+        return self
+
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         self.unpacked()._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -273,6 +295,8 @@ def pack(model: nn.Module, *, dtype: torch.dtype | None = None, resident: bool =
     layers = {name: layer for name, layer in quantized_layers(model).items() if not isinstance(layer, PackedLinear)}
     if not layers:
         raise ValueError("model must have MatGPTQLinear layers that are not packed yet, got none")
+    if "" in layers:
+        raise ValueError("model must hold its layers in a module, got a layer: use PackedLinear(layer, dtype=...)")
     activations: torch.dtype = model.dtype if dtype is None else dtype  # type: ignore[assignment]
     while layers:
         parent = next(reversed(layers)).rpartition(".")[0]
@@ -329,8 +353,22 @@ def warmup(model: nn.Module, tokens: Iterable[int] = (1, 2, 4, 8, 16, 32, 64)) -
         compile_and_load({layer.problem(m) for layer in there for m in tokens}, device)
 
 
+def check_device(device: torch.device | str | None, name: str = "device") -> None:
+    """Raise a ValueError unless a model can be on ``device``: torch knows it, and it is there. None is the CPU."""
+    try:
+        wanted = torch.device("cpu" if device is None else device)
+    except RuntimeError:
+        raise ValueError(f"{name} must be one of torch's, such as cpu or cuda:0, got {device}") from None
+    found = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if found and found.type == wanted.type else 0
+    if wanted.type != "cpu" and (wanted.index or 0) >= count:
+        raise ValueError(f"{name} must be there, got {device}, and torch finds {count} of its kind")
+
+
 def check_scales(scales: Tensor, dtype: torch.dtype, name: str, zeros: Tensor | None = None) -> None:
     """Raise a ValueError if a weight ``scales * (level - zeros)`` may be beyond ``dtype``, whatever its code.
+
+    Warn of scales too small for ``dtype``, which lose more of themselves than bfloat16 rounds off.
 
     Hopper's kernel makes weights of all codes, those of padding too, whose x is 0: Inf times 0 would be NaN.
     """
@@ -341,6 +379,9 @@ def check_scales(scales: Tensor, dtype: torch.dtype, name: str, zeros: Tensor | 
     if largest > most:
         of = "" if zeros is None else " with its zeros"
         raise ValueError(f"{name}{of} must be at most {most:g} in {dtype}, for weights to be finite, got {largest:g}")
+    lost = int(((scales.to(dtype).float() - scales).abs() > scales.abs() / 2**8).sum())
+    if lost:
+        logger.warning("%s: %d of %d are too small for %s and lose bits", name, lost, scales.numel(), dtype)
 
 
 def _gain(rule: str, shift: int) -> float:

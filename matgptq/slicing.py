@@ -137,8 +137,8 @@ def dequantize(
         >>> dequantize(codes, torch.tensor([[0.5]]), bits=2, group_size=-1)[0, ::4].tolist()
         [-64.0, -32.0, 0.0, 32.0]
     """
-    if codes.dim() != 2:
-        raise ValueError(f"codes must have shape (out_features, in_features), got {tuple(codes.shape)}")
+    if codes.dim() != 2 or 0 in codes.shape:
+        raise ValueError(f"codes must have shape (out_features, in_features), neither 0, got {tuple(codes.shape)}")
     out_features, in_features = codes.shape
     groups = group_count(in_features, group_size)
     for name, tensor in (("scales", scales), ("zeros", zeros)):

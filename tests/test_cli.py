@@ -124,11 +124,13 @@ def test_a_full_disk_is_an_error_of_one_line(nested, tmp_path, monkeypatch, caps
         (["slice", "{nested}", "--bits", "9", "--out", "{tmp}/x"], "bits must be an integer from 2 to 8, got 9"),
         (["slice", "{nested}", "--bits", "4", "--out", "{nested}"], "out must be a new or an empty folder"),
         (["generate", "{nested}", "--prompt", "x", "--bits", "1"], "got 1"),
+        (["generate", "{nested}", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens must be positive, got"),
         (
             ["generate", "{dense}", "--prompt", "x"],
             "model must have a quantization_config in its config.json, got none",
         ),
         (["generate", "{nested}", "--prompt", "x", "--device", "nope"], "--device must be one of torch's, such as"),
+        (["generate", "nowhere", "--prompt", "x", "--device", "mps"], "--device must be there, got mps, and"),
         (["eval", "{nested}", "--text", "nowhere.txt"], "nowhere.txt"),
         (["eval", "{nested}", "--text", "{text}", "--tokens", "100"], "tokens must be a positive multiple of"),
         (["eval", "{nested}", "--text", "{text}", "--tokens", "1024000"], "tokens must be at most"),

@@ -151,7 +151,8 @@ def test_a_wrong_value_is_refused_by_place_key_rule_and_value(values, message):
 def test_a_width_file_is_read_line_by_line(tmp_path):
     path = tmp_path / "widths.txt"
     path.write_text(
-        "# mixed, 3.5 bits on average\n\nmodel.layers.0.mlp.up_proj: 3\n  lm_head :8  # the output\r\na:b: 4"
+        "# mixed, 3.5 bits on average\n\nmodel.layers.0.mlp.up_proj: 3\n  lm_head :8  # the output\r\na:b: 4",
+        encoding="utf-8-sig",
     )
     assert read_widths(path) == {"model.layers.0.mlp.up_proj": 3, "lm_head": 8, "a:b": 4}
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
 import matgptq
 from matgptq.attention import NAME, attend, attending
-from matgptq.decode import Decoder, _largest, chat_prompt
+from matgptq.decode import Decoder, _largest, prompt_ids
 from matgptq.packed import pack
 from matgptq.quantizer.pipeline import quantize
 
@@ -115,6 +116,13 @@ def test_decoding_ends_when_all_sequences_have(model):
     assert got.shape[1] <= 5
 
 
+def test_any_kind_of_integer_ends_a_sequence(model):
+    decoder = Decoder(model, max_length=40)
+    token = decoder.generate(IDS, 1)[0, 0]
+    for end in (token, token.numpy(), token.numpy()[()], token.view(1), {token.item()}):
+        assert decoder.generate(IDS, 4, end).tolist() == [[token]]
+
+
 def test_the_stream_can_be_left(model):
     decoder = Decoder(model, max_length=40)
     for _ in decoder.stream(IDS, 10):
@@ -188,15 +196,26 @@ def test_beyond_a_sliding_window(tmp_path):
         Decoder(model, max_length=40, compile=True)
 
 
+def test_models_that_keep_other_state_are_refused():
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
+    config = AutoConfig.for_model("lfm2", layer_types=["conv", "full_attention"], num_hidden_layers=2, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"got LinearAttentionLayer \(Lfm2ForCausalLM\): use model.generate"):
+        Decoder(model)
+
+
 def test_a_prompt_takes_the_form_of_a_chat(tiny_folder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+
+    def prompt(**options):
+        return tokenizer.decode(prompt_ids(tokenizer, "Why?", **options)[0])
+
+    assert prompt() == "<s>user: Why?</s><s>assistant: "  # one BOS, the template's own
+    assert prompt(chat=False) == "<s>Why?"
     tokenizer.chat_template = None
-    assert chat_prompt(tokenizer, "Why?") == "Why?"
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %} [you]{% endif %}"
-    )
-    assert chat_prompt(tokenizer, "Why?") == "[user] Why? [you]"
+    assert prompt() == "<s>Why?"
 
 
 def test_bad_prompts(model):
@@ -205,8 +224,10 @@ def test_bad_prompts(model):
         next(decoder.stream(torch.cat([IDS, IDS])))
     with pytest.raises(ValueError, match=r"max_new_tokens must be 1 to 3, .* got 4"):
         next(decoder.stream(IDS, 4))
-    with pytest.raises(ValueError, match=r"max_new_tokens must be 1 to 0, .* got 0"):
+    with pytest.raises(ValueError, match="input_ids must be shorter than max_length 17, got 17"):
         next(Decoder(model, max_length=17).stream(IDS))
+    with pytest.raises(TypeError, match="input_ids must be a tensor, got BatchEncoding"):
+        next(decoder.stream(BatchEncoding({"input_ids": IDS})))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -98,8 +98,9 @@ def test_a_compiled_layer_follows_its_width():
         assert torch.equal(compiled(x), made(x))
 
 
-def test_an_exported_layer_takes_any_number_of_tokens():
-    made = layer(sym=False, act_order=True, own_widths=(4,))
+@pytest.mark.parametrize("options", [{}, {"act_order": True}, {"sym": False, "act_order": True}])
+def test_an_exported_layer_takes_any_number_of_tokens(options):
+    made = layer(**options, own_widths=(4,))
     tokens = torch.export.Dim("tokens")
     exported = torch.export.export(made, (torch.randn(3, K),), dynamic_shapes=({0: tokens},)).module()
     for count in (2, 7):
@@ -156,6 +157,7 @@ def test_a_width_that_is_not_stored_is_refused_and_nothing_changes(options, bits
         ({"rule": "floor"}, "rule must be one of round, prefix, got 'floor' (up)"),
         ({"master_bits": 9}, "master_bits must be an integer from 2 to 8, got 9 (up)"),
         ({"stored_bits": 9}, "bits must be an integer from 2 to 8, got 9 (up)"),
+        ({"dtype": torch.int32}, "dtype must be floating point, got torch.int32 (up)"),
         ({"own_widths": (1,)}, "own_widths must be an integer from 2 to 8, got 1 (up)"),
     ],
 )
@@ -204,6 +206,7 @@ def test_set_bits_takes_a_width_names_and_patterns(bits, widths):
         ({"0.up": 3, "0.down": 9}, "bits must be one of 2, 3, 4, 5, 6, 7, 8 for 0.down, got 9"),
         ({"0.up": 3, "0.down": 8.0}, "bits must be one of 2, 3, 4, 5, 6, 7, 8 for 0.down, got 8.0"),
         ({"0.up": 3, "0.down": "8"}, "bits must be one of 2, 3, 4, 5, 6, 7, 8 for 0.down, got '8'"),
+        (None, "bits must be a width for '*', got None"),
         ({"0.up": 3, "head": 4}, "bits must name quantised layers of the model, got 'head' which matches none"),
         ({"0.up": 3, "*.gate": 4}, "bits must name quantised layers of the model, got '*.gate' which matches none"),
     ],

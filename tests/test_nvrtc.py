@@ -194,6 +194,15 @@ def test_cache_is_shared_and_survives(tmp_path, monkeypatch):
         nvrtc._cache_folder.cache_clear()
 
 
+def test_a_full_disk_is_left_as_it_was(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(nvrtc.os, "replace", full)
+    nvrtc._write(tmp_path / "a.cubin", b"cubin")
+    assert not list(tmp_path.iterdir())
+
+
 def test_errors_carry_the_log():
     with pytest.raises(nvrtc.CompileError, match="FORMAT"):
         nvrtc.compile_cubin({"KERNEL": "linear", "FORMAT": "Nothing"}, "sm_90")

@@ -37,6 +37,7 @@ def layer(
         own_widths=own,
         act_order=act_order,
         dtype=dtype,
+        **options,
     )
     codes = torch.randint(0, 2**master_bits, (70, 96), dtype=torch.uint8)
     made.qweight = (
@@ -84,6 +85,28 @@ def test_the_same_output_at_every_width(options, resident):
         for bits in packed.widths:  # one copy, another width per call
             packed.bits = stored.bits = bits
             torch.testing.assert_close(packed(X), stored(X), rtol=1e-5, atol=1e-5)
+
+
+def test_outputs_can_be_changed_in_place():
+    for made in (layer(), PackedLinear(layer(), dtype=torch.float16)):
+        y = made(X.clone().requires_grad_())
+        y += 1
+        assert torch.equal(y, made(X) + 1)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_are_refused_not_left_out(compiled):
+    made, packed, at_run_time = layer(), *(PackedLinear(layer(), dtype=torch.float16) for _ in range(2))
+    at_run_time.width_at_run_time = True
+    module = block(64, 64)
+    pack(module, dtype=torch.float16)
+    arguments = of_several(None, list(module.children()))[1:]
+    for call in (made, packed, at_run_time, lambda x: torch.ops.matgptq.packed_linears_at(x, *arguments)):
+        if compiled:
+            call = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+        y = call(X.clone().requires_grad_())
+        with pytest.raises(RuntimeError, match="a MatGPTQ layer has no backward pass"):
+            y.sum().backward()
 
 
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
@@ -149,6 +172,8 @@ def test_activations_that_the_kernels_do_not_take_are_refused():
         PackedLinear(layer(), dtype=torch.float32)
     with pytest.raises(ValueError, match="model must have MatGPTQLinear layers that are not packed yet, got none"):
         pack(tiny_model())
+    with pytest.raises(ValueError, match=r"model must hold its layers in a module, got a layer: use PackedLinear"):
+        pack(layer(), dtype=torch.float16)
 
 
 def test_a_packed_model_is_served_saved_and_loaded(tiny_folder, tmp_path):
@@ -207,6 +232,16 @@ def test_scales_too_large_with_their_zeros_are_an_error():
         ValueError, match=r"^scales with its zeros must be at most 255\.875 in torch\.float16, .* got 312"
     ):
         PackedLinear(made, dtype=torch.float16)
+
+
+def test_scales_that_lose_bits_are_told(caplog):
+    made = layer(dtype=torch.bfloat16, name="up")
+    made.scales[3, :2] = torch.tensor([0, 2.0**-24])  # exact in float16
+    PackedLinear(made, dtype=torch.float16)
+    assert not caplog.messages
+    made.scales[3, :2] = torch.tensor([1e-9, 1.5 * 2.0**-24])
+    PackedLinear(made, dtype=torch.float16)
+    assert caplog.messages == ["up.scales: 2 of 210 are too small for torch.float16 and lose bits"]
 
 
 def test_packing_lets_go_of_each_layer_as_it_goes():
@@ -274,6 +309,7 @@ def test_the_width_can_change_wherever_the_layer_was_made():
         another = PackedLinear(stored, dtype=torch.float16)
         another.bits = 3
     packed.bits = part.bits = 3
+    copy.copy(packed).bits = 4
     for made in (packed, part, another):
         assert made._width.tolist() == [3, 0]
 
@@ -358,6 +394,17 @@ def test_layers_of_a_module_that_are_alike_lie_together(sizes, options, want):
 
 def tensors(module):
     return [t for layer in module.children() for t in (*layer.buffers(), *layer.parameters())]
+
+
+@pytest.mark.parametrize("change", [nn.Module.bfloat16, lambda layer: layer.to("meta", torch.bfloat16)])
+def test_zeros_stay_float32_whatever_the_activations(change):
+    packed = PackedLinear(layer(sym=False), dtype=torch.float16)
+    zeros = packed.unit_zeros
+    change(packed)
+    assert packed.dtype == torch.bfloat16
+    assert packed.unit_zeros.dtype == torch.float32
+    assert packed.unit_zeros.device == packed.planes.device
+    assert packed.planes.is_meta or torch.equal(packed.unit_zeros, zeros)
 
 
 def test_layers_that_lie_together_can_be_copied_moved_and_changed():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,25 @@ def test_the_transformers_benchmark_measures_all_loops(nested, tmp_path):
     assert all(r["seconds"].keys() == {"1", "2"} and min(r["seconds"].values()) > 0 for r in report["results"])
     assert [c["bits"] for c in report["width_changes"]] == [4, 2, 4, 2]
     assert all(c["same_tokens"] for c in report["width_changes"])
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("inference_demo_transformers", ["nowhere", "--bits", "9"], "argument --bits: invalid choice: 9"),
+        (
+            "inference_demo_transformers",
+            ["nowhere", "--max-new-tokens", "0"],
+            "--max-new-tokens must be positive, got 0",
+        ),
+        ("inference_demo_transformers", ["nowhere", "--device", "meta"], "device must be there, got meta"),
+        ("bench_transformers_e2e", ["nowhere", "--device", "nope"], "--device must be one of torch's"),
+        ("bench_transformers_e2e", ["nowhere", "--new-tokens", "0"], "--new-tokens and --repeats must be positive"),
+        ("bench_matgptq_matmul", ["--n_out_features", "8", "--n_in_features", "100"], "in_features must be a positive"),
+    ],
+)
+def test_bad_arguments_are_told_as_such(script, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    assert message in capsys.readouterr().err

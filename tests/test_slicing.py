@@ -145,7 +145,12 @@ SCALES = torch.ones(2, 2)
         (
             lambda: dequantize(CODES[0], SCALES, bits=4, group_size=32),
             ValueError,
-            "codes must have shape (out_features, in_features), got (64,)",
+            "codes must have shape (out_features, in_features), neither 0, got (64,)",
+        ),
+        (
+            lambda: dequantize(CODES[:0], SCALES[:0], bits=4, group_size=32),
+            ValueError,
+            "codes must have shape (out_features, in_features), neither 0, got (0, 64)",
         ),
         (
             lambda: dequantize(CODES, SCALES.t()[:1], bits=4, group_size=32),

@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import matgptq
+from matgptq import hf
 from matgptq.quantizer.pipeline import quantize
 
 IDS = torch.arange(3, 35).view(1, -1)
@@ -62,6 +63,29 @@ def test_the_width_is_chosen_at_load(folder):
         by_config = AutoModelForCausalLM.from_pretrained(folder, quantization_config=matgptq.MatGPTQConfig(bits=3))
     for model in (by_load, by_config):
         assert {layer.bits for layer in matgptq.quantized_layers(model).values()} == {3}
+    assert by_config.config.quantization_config.to_dict()["bits"] == 3
+    for wrong in (9, {"*": 9}):
+        with pytest.raises(ValueError, match="bits must be an integer from 2 to 8, got 9"):
+            matgptq.MatGPTQConfig(bits=wrong)
+
+
+def test_float64_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="dtype must be float16, bfloat16 or float32, got float64"):
+        matgptq.load(folder, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"model must be .* float32 to be saved, got torch\.float64"):
+        matgptq.load(folder).double().save_pretrained(tmp_path)
+
+
+def test_what_from_pretrained_takes_is_passed_on(folder, tmp_path, monkeypatch):
+    copy(folder, tmp_path / "inner").joinpath("model.safetensors").rename(tmp_path / "inner/model.fp16.safetensors")
+    places, read = [], AutoConfig.from_pretrained
+    monkeypatch.setattr(hf.AutoConfig, "from_pretrained", lambda *a, **k: places.append(k.copy()) or read(*a, **k))
+    where = {"subfolder": "inner", "revision": "v2", "token": "x", "trust_remote_code": False}
+    model = matgptq.load(tmp_path, variant="fp16", torch_dtype=torch.bfloat16, **where)
+    assert model.dtype == torch.bfloat16
+    assert all(place.items() >= where.items() for place in places)
+    config = read(folder, attention_dropout=0.5)
+    assert matgptq.load(folder, config=config).model.layers[0].self_attn.attention_dropout == 0.5
 
 
 def test_a_map_of_widths_is_served_layer_by_layer(folder):
@@ -224,6 +248,12 @@ def test_a_dense_model_is_not_loaded_as_a_nested_one(tiny_folder):
         matgptq.load(tiny_folder, bits=4)
     with pytest.raises(ValueError, match="pre-quantized"):
         AutoModelForCausalLM.from_pretrained(tiny_folder, quantization_config=matgptq.MatGPTQConfig(bits=4))
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:99", torch.device("xpu")])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(device):
+    with pytest.raises(ValueError, match=f"device must be there, got {device}, and torch finds"):
+        matgptq.load("nowhere", device=device)
 
 
 def test_a_compiled_model_has_no_graph_breaks(folder):

@@ -8,7 +8,7 @@ from .problem import TILE, Problem
 # Multiprocessors of a GPU of each kind, its largest where they differ.
 _SMS = {80: 108, 86: 84, 87: 16, 89: 142, 100: 148, 103: 148, 120: 188, 121: 48}
 _ROW_TILES = 2  # of a block
-# By tokens of a block: microseconds a k tile on an H200 (2026-11-23, tiles for sm_80, 4 bits) of one block on an SM, and
+# By tokens of a block: microseconds a k tile on an H200 (2026-11-23, tiles for sm_80, 4 bits), of one block an SM and
 # of two. Of 64 tokens three fit an SM, and some have them while others have one.
 _ALONE = {64: 0.54, 96: 0.69, 128: 0.86}
 _PAIR = {64: 1.16, 96: 1.14, 128: 1.46}

@@ -6,6 +6,7 @@ that cannot be written, in a private folder under the system's temporary folder.
 compiles.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -150,12 +151,11 @@ def _cache_folder() -> Path | None:
 
 def _write(path: Path, data: bytes) -> None:
     """Write and rename: readers see all of a file or none of it. A full or lost disk only costs the cache."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(data)
-        os.replace(file.name, path)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        file = Path(folder) / path.name
+        file.touch(mode=0o600)
+        file.write_bytes(data)
+        os.replace(file, path)
 
 
 if __name__ == "__main__":
