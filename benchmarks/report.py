@@ -206,6 +206,34 @@ def models_table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def gated_table(report: dict[str, Any]) -> str:
+    """Microseconds of two layers alone, with gate.cu after them, and gated."""
+    batches = sorted({M for M, *_ in report["results"]})
+    lines = head("", of_tokens(batches))
+    for N, K in dict.fromkeys((N, K) for _, N, K, *_ in report["results"]):
+        ways = {M: times for M, n, k, bits, times in report["results"] if (n, k, bits) == (N, K, 4)}
+        lines.append(line(f"2 x {N} x {K}", (", ".join(f"{us:.1f}" for us in ways[M].values()) for M in batches)))
+    return "\n".join(lines) + "\n"
+
+
+def older_table(report: dict[str, Any], here: dict[str, Any]) -> str:
+    """Microseconds of linear.cu's and many.cu's fastest tiles; of another run, of this GPU's own kernel and cuBLAS."""
+    times: dict[tuple[int, int, int], dict[str, float]] = {}
+    for M, N, K, bits, kernel, _, us in report["results"]:
+        best = times.setdefault((N, K, M), {})
+        if bits == 4:
+            best[kernel] = min(best.get(kernel, us), us)
+    batches = sorted({M for *_, M in times})
+    lines = head("4 bits", of_tokens(batches))
+    for N, K in dict.fromkeys((N, K) for N, K, _ in times):
+        for kernel in ("linear", "many"):
+            lines.append(line(f"{N} x {K}, {kernel}.cu", (f"{times[N, K, M][kernel]:.1f}" for M in batches)))
+        rows = of_shape(here, N, K)
+        for name, key in (("hopper.cu", "us"), ("cuBLAS", "torch_us")):
+            lines.append(line(name, (f"{rows[4, M][key]:.1f}" for M in batches)))
+    return "\n".join(lines) + "\n"
+
+
 def span(values: Sequence[float]) -> str:
     """The least and the most of them."""
     least, most = f"{min(values):.0f}", f"{max(values):.0f}"
@@ -242,14 +270,14 @@ def transformers_table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def vllm_table(report: dict[str, Any], other: dict[str, Any]) -> str:
-    """Seconds of a run in vLLM and the speed-up over bf16 of the same run, by linear layer and batch size."""
+def vllm_table(report: dict[str, Any], *others: dict[str, Any]) -> str:
+    """Seconds of runs in vLLM and the speed-up over bf16 of the same run, by linear layer and batch size."""
     batches = list(report["results"][0]["seconds"])
     lines = [
         f"{report['device']}, vLLM {report['vllm']}, {report['model']}. {report['method']} (times bf16's speed).\n",
         *head("", ["GiB", *(f"batch {batch}" for batch in batches)]),
     ]
-    for name, weights, seconds, dense in vllm_rows(report, other):
+    for name, weights, seconds, dense in vllm_rows(report, *others):
         cells = [f"{seconds[b]:.3f} ({dense[b] / seconds[b]:.2f})" if b in seconds else "" for b in batches]
         lines.append(line(name, [f"{weights:.2f}", *cells]))
     return "\n".join(lines) + "\n"
@@ -258,19 +286,20 @@ def vllm_table(report: dict[str, Any], other: dict[str, Any]) -> str:
 VllmRow = tuple[str, float, dict[str, float], dict[str, float]]  # name, GiB, seconds, seconds of bf16 in the same run
 
 
-def vllm_rows(report: dict[str, Any], other: dict[str, Any]) -> Iterator[VllmRow]:
-    """The rows of a run, then those of another with other engines."""
-    for run, where in ((report, ""), (other, ", another run")):
+def vllm_rows(*runs: dict[str, Any]) -> Iterator[VllmRow]:
+    """The rows of runs with one engine or another."""
+    for number, run in enumerate(runs, start=1):
+        where = f", run {number}" if number > 1 else ""
         (dense,) = (row["seconds"] for row in run["results"] if row["linear"] == "bf16")
         for row in run["results"]:
             yield row["linear"] + where, row["weights_gib"], row["seconds"], dense
 
 
-def plot_vllm(report: dict[str, Any], other: dict[str, Any], path: Path) -> None:
+def plot_vllm(path: Path, report: dict[str, Any], *others: dict[str, Any]) -> None:
     """Draw the speed-up over bf16 in vLLM by batch size, a line a linear layer."""
     title = f"{report['device']}, vLLM {report['vllm']}"
     axes = new_axes(xlabel="batch size", ylabel="speed-up over bf16", title=title, xscale="log")
-    for name, _, seconds, dense in vllm_rows(report, other):
+    for name, _, seconds, dense in vllm_rows(report, *others):
         if seconds is dense:
             continue
         points = sorted((int(b), dense[b] / value) for b, value in seconds.items() if b in dense)
@@ -315,12 +344,16 @@ def main() -> None:
     write_linear(joined(few, many), read_peers(peers), ROOT)
     models = json.loads((results / "linear_models.json").read_text(encoding="utf-8"))
     fill(ROOT / "docs" / "kernels.md", "models", models_table(models))
+    gated = json.loads((results / "gated_tiles.json").read_text(encoding="utf-8"))
+    fill(ROOT / "docs" / "kernels.md", "gated", gated_table(gated))
+    tiles = json.loads((results / "many_tiles.json").read_text(encoding="utf-8"))
+    fill(ROOT / "docs" / "kernels.md", "without wgmma", older_table(tiles, many))
     served = results / "vllm.json"
     if served.exists():
-        report = json.loads(served.read_text(encoding="utf-8"))
-        other = json.loads((results / "vllm_resident.json").read_text(encoding="utf-8"))
-        fill(ROOT / "docs" / "vllm.md", "vllm", vllm_table(report, other))
-        plot_vllm(report, other, ROOT / "assets" / "vllm_speedups.svg")
+        names = ("vllm", "vllm_packed", "vllm_resident")
+        runs = [json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in names]
+        fill(ROOT / "docs" / "vllm.md", "vllm", vllm_table(*runs))
+        plot_vllm(ROOT / "assets" / "vllm_speedups.svg", *runs[:2])
     decoded = results / "transformers.json"
     if decoded.exists():
         fill(
