@@ -57,7 +57,7 @@ def quantize(options: argparse.Namespace) -> dict[str, Any]:
     device = options.device
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by torchrun
         torch.distributed.init_process_group("gloo" if device == "cpu" else None)
-        if device is None and torch.cuda.is_available():
+        if device in (None, "cuda") and torch.cuda.is_available():  # a GPU for each process
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
             torch.cuda.set_device(device)
     master_bits = MAX_BITS

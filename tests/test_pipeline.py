@@ -36,6 +36,8 @@ from matgptq.quantizer.stages import BlockRunner, find_blocks, find_stages
 
 METHOD = matgptq.Method(group_size=16)
 ROUNDED = matgptq.Method(group_size=16, feedback=False)
+SIZES = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**SIZES, "intermediate_size": 96, "num_key_value_heads": 2}
 TOKENS = {"samples": 4, "sequence_length": 32, "progress": False}
 
 
@@ -56,12 +58,7 @@ def save(model, folder):
 def qwen2():
     return Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=300,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            **GROUPED,
             tie_word_embeddings=False,
         )
     )
@@ -70,11 +67,8 @@ def qwen2():
 def opt():
     return OPTForCausalLM(
         OPTConfig(
-            vocab_size=300,
-            hidden_size=64,
+            **SIZES,
             ffn_dim=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
             max_position_embeddings=128,
             word_embed_proj_dim=64,
         )
@@ -85,12 +79,7 @@ def gemma3():
     """Blocks of two masks and two ropes: a window of 8 tokens, and all of them."""
     return Gemma3ForCausalLM(
         Gemma3TextConfig(
-            vocab_size=300,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            **GROUPED,
             head_dim=16,
             sliding_window=8,
             layer_types=["sliding_attention", "full_attention"],
