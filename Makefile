@@ -19,7 +19,7 @@ demo: $(VENV)/ready $(MODEL)/config.json
 	$(BIN)/python examples/demo.py $(MODEL) --out build/demo.json
 
 test: $(VENV)/ready lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 	$(MAKE) test-vllm
 
 test-vllm: $(VLLM_VENV)/ready $(MODEL)/config.json
