@@ -40,7 +40,7 @@ def order(request, tmp_path_factory):
     if not shutil.which("g++"):
         pytest.skip("needs g++")
     text = SOURCE.read_text(encoding="utf-8")
-    first, last = "// STREAM_K: the first of the shared turns", "// What a block's producer reads"
+    first, last = "// STREAM_K: the first of the shared turns", "// What a block's producers read"
     schedule = text[text.index(first) : text.index(last)]
     folder = tmp_path_factory.mktemp("schedule")
     (folder / "schedule.cpp").write_text("#include <cstdlib>\n" + PROGRAM % schedule, encoding="utf-8")

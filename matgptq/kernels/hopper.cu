@@ -30,6 +30,7 @@
 //   ROW_TILES  1, 2 or 4;  WORDS  1 or 2: a warp's words of a row tile (4 * ROW_TILES / WORDS warps share the rows)
 //   TOKENS     tokens of a block, one of those below
 //   K_GROUPS   1, 2 or 4
+//   TURN_TILES k tiles of a turn
 //   STAGES     turns in the ring
 //   BLOCKS     blocks an SM, 1 or 2
 //   SPLIT      1: clusters split k
@@ -49,10 +50,11 @@ constexpr int kOutputTiles = ROW_TILES / kHalves;
 constexpr int kRowWarps = 4 * ROW_TILES / WORDS;  // consumer warps along rows
 static_assert(kRowWarps % 4 == 0);  // whole warpgroups
 constexpr int kConsumers = 32 * kRowWarps * K_GROUPS, kThreads = kConsumers + 128;
+constexpr int kWeightsWarp = kConsumers / 32;  // the other warps: one of weights, one of x, the clerk
 // 256 or 512 consumers; an SM has 65536 registers for its blocks.
 constexpr int kConsumerRegisters = kConsumers == 512 ? 112 : BLOCKS == 2 ? 104 : 232;
 constexpr int kProducerRegisters = kConsumers * BLOCKS == 512 ? 32 : 40;
-constexpr int kTurnTiles = TOKENS > 128 ? 1 : K_GROUPS > WORDS ? 2 * K_GROUPS / WORDS : 2, kTurn = 64 * kTurnTiles;
+constexpr int kTurnTiles = TURN_TILES, kTurn = 64 * kTurnTiles;
 static_assert(TOKENS <= 128 || K_GROUPS == 1);
 static_assert(PAIR + STREAM_K + SPLIT <= 1);
 static_assert(!(PAIR || STREAM_K) || K_GROUPS == 1);
@@ -65,6 +67,8 @@ constexpr int kPart = largest_part();  // k that share a scale for certain
 constexpr int kParts = kTurn / kPart;
 // Sums over a part are scaled; else every weight is.
 constexpr bool kScaleSums = SHIFT == 0 && WORDS == 1 && TOKENS <= 32 && kPart >= 64;
+constexpr int kGroupTiles = kTurnTiles / K_GROUPS;  // k tiles of a group of warps and turn
+constexpr int kSumTiles = kPart / 64 > kGroupTiles ? kGroupTiles : kPart < 64 ? 1 : kPart / 64;  // of these that share a scale
 constexpr int kBox = TOKENS * 128;  // bytes of x of 64 k
 constexpr int kTileBytes = kPlanes * 512;
 constexpr int kPlanesAt = kTurnTiles * kBox, kScalesAt = kPlanesAt + kTurnTiles * ROW_TILES * kTileBytes;
@@ -77,7 +81,6 @@ constexpr int kPass = TOKENS % 64 == 0 ? 64 / WORDS : TOKENS <= 16 ? 16 : 32;
 constexpr int kReaders = 128 * kHalves / (GATED ? WORDS : 1);  // threads that share what they pass: with GATED, of both layers
 static_assert(!GATED || (ROW_TILES % 2 == 0 && kByRows));
 constexpr int kPassAt = STAGES * kStageBytes, kPassBytes = kPass * WORDS * 128;
-constexpr int kGroupTiles = kTurnTiles / K_GROUPS;      // k tiles of a group of warps and turn
 constexpr int kPieces = kGroupTiles * WORDS;            // of a warp and turn
 static_assert(kPieces > 1 || kTurnTiles == 1);          // then turns come in pairs
 constexpr int kTurnsAtOnce = kPieces == 1 ? 2 : 1;      // two sets of operands take turns
@@ -340,29 +343,33 @@ struct Work {
   }
 };
 
-// What a block's producer reads of a tile. It has few registers.
-struct Source {
-  const unsigned char *planes, *scales;  // of the first row tile
-  int last;                              // row tile that there is; what follows is computed with its weights, and not stored
-  int k_tile, token;
+// What a block's producers read of a tile, turn by turn. They have few registers, and one thread each, whose latency bounds
+// tiles of few tokens: addresses are stepped.
+struct Weights {
+  const unsigned char *planes, *scales, *zeros;  // of the first row tile; planes of the next turn
+  uint32_t row_bytes, row_groups;                // from one row tile to the next: bytes of planes, groups
+  int last;     // row tile that there is; what follows is computed with its weights, and not stored
+  int k_tile;   // of the next turn
 
-  __device__ Source(const Params& p, const Tile& tile, int first_turn)
-      : k_tile(first_turn * kTurnTiles), token(tile.token_block * TOKENS) {
+  __device__ Weights(const Params& p, const Tile& tile, int first_turn) : k_tile(first_turn * kTurnTiles) {
     const int row_tile = min(tile.row_block * kOutputTiles, p.row_tiles - 1);
     planes = reinterpret_cast<const unsigned char*>(p.planes) + (size_t(row_tile) * p.k_tiles + k_tile) * p.stored * 512;
     scales = reinterpret_cast<const unsigned char*>(p.scales) + size_t(row_tile) * p.groups * 128;
+    if (SHIFT == 2) zeros = reinterpret_cast<const unsigned char*>(p.zeros) + size_t(row_tile) * p.groups * 256;
+    row_bytes = uint32_t(p.k_tiles * p.stored) * 512, row_groups = p.groups;
     last = min(kOutputTiles, p.row_tiles - row_tile) - 1;
+    asm volatile("" : "+l"(planes), "+l"(scales), "+r"(row_bytes));  // not to be computed anew each turn
   }
   // The row tile that is i-th in the block, from the first.
   __device__ __forceinline__ int row_tile(const Params& p, int i) const {
     return min(i / kHalves, last) + i % kHalves * p.row_tiles;
   }
-  __device__ __forceinline__ void fetch_weights(const Params& p, int turn, uint32_t to, uint32_t barrier) const {
-    const int first = k_tile + turn * kTurnTiles, there = max(min(p.k_tiles - first, kTurnTiles), 0);
-    expect(barrier, kTurnTiles * kBox + there * ROW_TILES * kTileBytes + kParts * ROW_TILES * (SHIFT == 2 ? 384 : 128));
+  __device__ __forceinline__ void fetch(const Params& p, uint32_t to, uint32_t barrier) {
+    const int there = max(min(p.k_tiles - k_tile, kTurnTiles), 0);
+    expect(barrier, there * ROW_TILES * kTileBytes + kParts * ROW_TILES * (SHIFT == 2 ? 384 : 128));
 #pragma unroll
     for (int i = 0; i < ROW_TILES; ++i) {
-      const unsigned char* const from = planes + uint32_t((row_tile(p, i) * p.k_tiles + turn * kTurnTiles) * p.stored) * 512;
+      const unsigned char* const from = planes + row_tile(p, i) * row_bytes;
       const uint32_t place = to + kPlanesAt + i * kTurnTiles * kTileBytes;
       if (p.stored == kPlanes) {
         if (there > 0) copy_bulk(place, from, there * kTileBytes, barrier);
@@ -371,33 +378,38 @@ struct Source {
         for (int k = 0; k < there; ++k) copy_bulk(place + k * kTileBytes, from + k * p.stored * 512, kTileBytes, barrier);
       }
     }
+    planes += kTurnTiles * p.stored * 512;
 #pragma unroll 1
     for (int part = 0; part < kParts; ++part) {
-      const int group = GROUP_SIZE ? min((first * 64 + part * kPart) / max(GROUP_SIZE, 1), p.groups - 1) : 0;
+      const int group = GROUP_SIZE ? min((k_tile * 64 + part * kPart) / max(GROUP_SIZE, 1), p.groups - 1) : 0;
 #pragma unroll
       for (int i = 0; i < ROW_TILES; ++i) {
-        const unsigned char* const from = scales + uint32_t(row_tile(p, i) * p.groups + group) * 128;
-        const uint32_t place = to + kScalesAt + (part * ROW_TILES + i) * 128;
-        copy_bulk(place, from, 128, barrier);
-        if constexpr (SHIFT == 2) {
-          const size_t offset = 2 * (from - reinterpret_cast<const unsigned char*>(p.scales));
-          const unsigned char* const zeros = reinterpret_cast<const unsigned char*>(p.zeros) + offset;
-          copy_bulk(to + kZerosAt + (part * ROW_TILES + i) * 256, zeros, 256, barrier);
-        }
+        const uint32_t of_row = row_tile(p, i) * row_groups + group;
+        copy_bulk(to + kScalesAt + (part * ROW_TILES + i) * 128, scales + of_row * 128, 128, barrier);
+        if constexpr (SHIFT == 2) copy_bulk(to + kZerosAt + (part * ROW_TILES + i) * 256, zeros + size_t(of_row) * 256, 256, barrier);
       }
+    }
+    k_tile += kTurnTiles;
+  }
+};
+__device__ __forceinline__ void fetch_x(const Params& p, int k, int token, uint32_t to, uint32_t barrier) {
+#pragma unroll
+  for (int i = 0; i < kTurnTiles; ++i) {
+    if constexpr (PAIR) {
+      const int half = blockIdx.x % 2;
+      copy_box_to_both(to + i * kBox + half * (kBox / 2), p.x, k + i * 64, token + half * (TOKENS / 2), barrier);
+    } else {
+      copy_box(to + i * kBox, p.x, k + i * 64, token, barrier);
     }
   }
-  __device__ __forceinline__ void fetch_x(const Params& p, int turn, uint32_t to, uint32_t barrier) const {
-    const int k = (k_tile + turn * kTurnTiles) * 64;
-#pragma unroll
-    for (int i = 0; i < kTurnTiles; ++i) {
-      if constexpr (PAIR) {
-        const int half = blockIdx.x % 2;
-        copy_box_to_both(to + i * kBox + half * (kBox / 2), p.x, k + i * 64, token + half * (TOKENS / 2), barrier);
-      } else {
-        copy_box(to + i * kBox, p.x, k + i * 64, token, barrier);
-      }
-    }
+}
+
+// A place in the ring.
+struct Stage {
+  int index = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void step() {
+    if (++index == STAGES) index = 0, phase ^= 1;
   }
 };
 
@@ -459,47 +471,60 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
   const int split = SPLIT ? blockIdx.x % p.splits : 0;
   const uint32_t full = ring + p.barriers, empty = full + 8 * STAGES;
   const uint32_t sent = empty + 8 * STAGES;  // SPLIT: all sums have come. PAIR, of each stage: empty in the other block too
-  if (warp == kConsumers / 32 && elect()) {
+  if (warp == kWeightsWarp && elect()) {
 #pragma unroll 1
-    for (int i = 0; i < STAGES; ++i) init_barrier(full + 8 * i, 1), init_barrier(empty + 8 * i, kConsumers);
+    for (int i = 0; i < STAGES; ++i) init_barrier(full + 8 * i, 2), init_barrier(empty + 8 * i, kConsumers);
 #pragma unroll 1
     for (int i = 0; i < (PAIR ? STAGES : 1); ++i) init_barrier(sent + 8 * i, 1);
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
     if (SPLIT) expect(sent, (kUnits - split + p.splits - 1) / p.splits * p.splits * 32 * kRowWarps * 16);
     // Weights do not depend on the previous kernel: start them first. Only a few, as x queues behind all that is asked for before it.
     const Work work(p);
-    const Source source(p, Tile(p, work.tile), work.first_turn);
+    Weights weights(p, Tile(p, work.tile), work.first_turn);
 #pragma unroll 1
-    for (int turn = 0; turn < min(work.turns, BLOCKS); ++turn) source.fetch_weights(p, turn, ring + turn * kStageBytes, full + 8 * turn);
+    for (int turn = 0; turn < min(work.turns, BLOCKS); ++turn) weights.fetch(p, ring + turn * kStageBytes, full + 8 * turn);
   }
   if (PAIR) arrive_at_cluster(), wait_for_cluster();
   else __syncthreads();
 
-  if (warp >= kConsumers / 32) {
+  if (warp >= kWeightsWarp) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
-    if (warp == kConsumers / 32 && elect()) {
-      int stage = 0;
-      uint32_t phase = 1;  // of the release that is waited for: at first, of none
-      asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+    Stage at;
+    if (warp == kWeightsWarp && elect()) {
+      asm volatile("griddepcontrol.wait;" ::: "memory");
       int asked = BLOCKS;  // turns of the first piece of work whose weights are on their way
 #pragma unroll 1
       for (Work work(p); work.there(p); work = work.next(p)) {
-        const Source source(p, Tile(p, work.tile), work.first_turn);
+        asked = min(asked, work.turns);
+        Weights weights(p, Tile(p, work.tile), work.first_turn + asked);
 #pragma unroll 1
-        for (int turn = 0; turn < work.turns; ++turn) {
-          const uint32_t to = ring + stage * kStageBytes, barrier = full + 8 * stage;
-          const bool later = turn >= asked;
-          if (later) wait(empty + 8 * stage, phase);
-          if (PAIR) arrive_at_block(blockIdx.x % 2 ^ 1, sent + 8 * stage);
-          if (later) source.fetch_weights(p, turn, to, barrier);
-          if (PAIR) wait(sent + 8 * stage, phase ^ 1);
-          source.fetch_x(p, turn, to, barrier);
-          if (++stage == STAGES) stage = 0, phase ^= 1;
+        for (int turn = 0; turn < asked; ++turn) at.step();
+#pragma unroll 1
+        for (int turn = asked; turn < work.turns; ++turn, at.step()) {
+          wait(empty + 8 * at.index, at.phase ^ 1);  // at first, of no turn
+          weights.fetch(p, ring + at.index * kStageBytes, full + 8 * at.index);
         }
         asked = 0;
       }
     }
-    if (STREAM_K && warp == kConsumers / 32 + 1) keep_books(p);
+    if (warp == kWeightsWarp + 1 && elect()) {
+      asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+#pragma unroll 1
+      for (Work work(p); work.there(p); work = work.next(p)) {
+        const int token = Tile(p, work.tile).token_block * TOKENS;
+        int k = work.first_turn * kTurn;
+#pragma unroll 1
+        for (int turn = 0; turn < work.turns; ++turn, at.step(), k += kTurn) {
+          const uint32_t barrier = full + 8 * at.index;
+          wait(empty + 8 * at.index, at.phase ^ 1);
+          if (PAIR) arrive_at_block(blockIdx.x % 2 ^ 1, sent + 8 * at.index);
+          expect(barrier, kTurnTiles * kBox);
+          if (PAIR) wait(sent + 8 * at.index, at.phase);
+          fetch_x(p, k, token, ring + at.index * kStageBytes, barrier);
+        }
+      }
+    }
+    if (STREAM_K && warp == kWeightsWarp + 2) keep_books(p);
     __syncwarp();
     if (SPLIT || PAIR) arrive_at_cluster(), wait_for_cluster();
     return;
@@ -515,7 +540,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
   const int first_word = kExchange ? (row_warp + lane / 8) % kTileWarps * WORDS : own_word;
   const int home_warp = tile_of_warp * kTileWarps + (row_warp + kTileWarps - lane / 8 % kTileWarps) % kTileWarps;
   const int home = kExchange ? home_warp * 32 + lane : thread;
-  constexpr int kSumTiles = kPart >= 128 ? kGroupTiles : 1;  // of a group, that share a scale
   constexpr int kLag = kPieces == 1 ? 2 : 1;              // turns that may still be multiplied when one is decoded
   int stage = 0;
   uint32_t phase = 0;

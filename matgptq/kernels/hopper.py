@@ -17,7 +17,7 @@ class HopperConfig:
     """Tile of a launch: hopper.cu's macros, then the blocks of a cluster, which split k.
 
     ``pair``: clusters of two blocks that share x. ``stream_k``: blocks share the k of tiles that do not fill a wave.
-    ``gated``: a block has as many row tiles of one layer as of the other.
+    ``gated``: a block has as many row tiles of one layer as of the other. ``long_turns``: a turn has twice as many k tiles.
     """
 
     row_tiles: int
@@ -29,6 +29,7 @@ class HopperConfig:
     pair: bool = False
     stream_k: bool = False
     gated: bool = False
+    long_turns: bool = False
 
     @property
     def cluster(self) -> int:
@@ -63,7 +64,9 @@ class HopperConfig:
     @property
     def turn_tiles(self) -> int:
         """k tiles of a turn."""
-        return 1 if self.tokens > 128 else 2 * max(self.k_groups // self.words, 1)
+        if self.tokens > 128:
+            return 1
+        return 2 * max(self.k_groups // self.words, 1) * (2 if self.long_turns else 1)
 
     @property
     def turns_at_once(self) -> int:
@@ -121,6 +124,7 @@ def defines(problem: Problem, config: HopperConfig) -> dict[str, str]:
         "WORDS": str(config.words),
         "TOKENS": str(config.tokens),
         "K_GROUPS": str(config.k_groups),
+        "TURN_TILES": str(config.turn_tiles),
         "STAGES": str(stages(problem, config)),
         "BLOCKS": str(config.blocks),
         "SPLIT": str(int(config.splits > 1)),
@@ -173,6 +177,7 @@ def supports(config: HopperConfig, problem: Problem) -> bool:
         and stages(problem, config) >= (4 if config.turn_tiles == 1 else 2)
         and shared_bytes(problem, config) <= (_SHARED + 1024) // config.blocks - 1024
         and 1 <= config.splits <= MAX_SPLITS
+        and not (config.long_turns and config.tokens > 128)
         and (not config.pair or (config.persistent and config.tokens >= 64))
         and (not config.stream_k or (config.persistent and not config.pair))
         and (not config.gated or (problem.gated and config.persistent and config.row_tiles % 2 == 0))
