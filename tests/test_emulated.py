@@ -57,7 +57,7 @@ def test_the_kernels_of_older_gpus(gpu, bits):
     launched = set()
     for M, K, group_size, tile in OLDER:
         dtype, zeros, (resident, rule) = next(ways)
-        problem = Problem(M, 100, K, bits, dtype, group_size, resident, rule, zeros, sm)
+        problem = Problem(M, 98, K, bits, dtype, group_size, resident, rule, zeros, sm)
         launched |= set(check(gpu, problem, tile, bias=M % 2 == 0))
         if bits % 2 == 0 and tile != FEW:
             launched |= set(check(gpu, replace(problem, N=128, gated=True), tile, bias=M % 2 == 1))

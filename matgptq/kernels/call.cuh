@@ -42,6 +42,7 @@ struct Params {
   int split_tiles;         // k tiles of one block of the cluster, a multiple of K_TILES
   int chunk_tiles;         // linear.cu: k tiles of x in shared memory at a time, all or at least STAGES turns of all warps
   int inbox;               // where in shared memory the blocks of a cluster leave partial sums for one another, and a barrier
+  int share_bits;          // each block of a cluster finishes 2^share_bits times 4 outputs
   float shift;             // SHIFT 1, 2: added to each decoded level - 128
 };
 

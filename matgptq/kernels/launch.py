@@ -14,14 +14,25 @@ from . import hopper, many, nvrtc
 from .hopper import HopperConfig
 from .many import ManyConfig
 from .problem import TILE, Problem
-from .tiles import AnyConfig, Config, Gate, architecture, defines, gate_follows, grid, inbox_offset, shared_bytes
+from .tiles import (
+    AnyConfig,
+    Config,
+    Gate,
+    architecture,
+    defines,
+    gate_follows,
+    grid,
+    inbox_offset,
+    share_bits,
+    shared_bytes,
+)
 
-_PARAMS = struct.Struct("6Q10if4x")  # call.cuh, Params
+_PARAMS = struct.Struct("6Q11if")  # call.cuh, Params
 _HOPPER = struct.Struct("128s5Q10ifi2Q3i12x")  # hopper.cu, Params
 _GATE = struct.Struct("6Q2i")  # gate.cu, Params
 _MANY_MAPS = 1024  # tensor maps that a launcher keeps
 _TICKET = int.from_bytes(os.urandom(8), "little") | 1  # hopper.cu, Params: a number that memory does not hold by chance
-_UNSPLIT = (0, 0, 0)  # call.cuh, Params, of blocks that take all of k
+_UNSPLIT = (0, 0, 0, 0)  # call.cuh, Params, of blocks that take all of k
 _ALONE = (0, 0, 0, 0, 0, 0)  # hopper.cu, Params, of tiles that blocks do not share
 _lock = threading.Lock()
 _thread = threading.local()  # a launch writes its parameters into memory of its thread: the driver copies them
@@ -59,7 +70,8 @@ class Launcher:
 
     def __init__(self, problem: Problem, config: Config, device: int, programmatic: bool = True):
         self._prepare(problem, config, shared_bytes(problem, config), device, programmatic)
-        splits = (config.split_tiles(problem), config.chunk_tiles, inbox_offset(problem, config))
+        inbox = (inbox_offset(problem, config), share_bits(problem, config))
+        splits = (config.split_tiles(problem), config.chunk_tiles, *inbox)
         self._constants = (*_sizes(problem), *splits, _shift(problem))
         self._splits, _, self._row_blocks = grid(problem, config)
 

@@ -110,19 +110,22 @@ __device__ __forceinline__ int next_stage(int stage_offset) {
   return stage_offset == (STAGES - 1) * kStageBytes ? 0 : stage_offset + kStageBytes;
 }
 
-// The blocks of a cluster each finish a share of the outputs: the others' sums of it come to a block's inbox, [split][half][share]
-// in its shared memory, behind a barrier that counts the bytes.
-__device__ __forceinline__ int share_of(const Place& at) { return (at.tokens * kOutputs + at.splits - 1) / at.splits; }
+// Threads finish outputs by fours, neighbours along rows: a "quad" is such four of a token.
+constexpr int kTokenQuads = kOutputs / 4;
+
+// The blocks of a cluster each finish a share of the quads, a power of two of them (`share_bits`), in their order: of three blocks
+// the first two may finish all. The others' sums of it come to a block's inbox, [split][half][share] in its shared memory, behind a
+// barrier that counts the bytes.
 
 // Opens the inbox. All blocks of a cluster have opened theirs after wait_for_cluster().
 __device__ __forceinline__ void open_inbox(const Params& p, const Place& at, unsigned char* shared) {
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x == 0) {
-    const int share = share_of(at), own = max(min(at.tokens * kOutputs - at.split * share, share), 0);
+    const int own = max(min(at.tokens * kTokenQuads - (at.split << p.share_bits), 1 << p.share_bits), 0);
     const uint32_t barrier = uint32_t(__cvta_generic_to_shared(shared + p.inbox));
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(at.splits * kHalves * own * 4)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(at.splits * kHalves * own * 16)
                  : "memory");
   }
   __syncwarp();
@@ -134,13 +137,13 @@ __device__ __forceinline__ void wait_for_cluster() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void send(int block, uint32_t barrier, uint32_t address, float value) {
+__device__ __forceinline__ void send(int block, uint32_t barrier, uint32_t address, const float (&v)[4]) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n.reg .b32 to, counter;\n"
       "mapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 counter, %1, %2;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], %3, [counter];\n}" ::"r"(address),
-      "r"(barrier), "r"(block), "f"(value)
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3, %4, %5, %6}, [counter];\n}" ::"r"(address),
+      "r"(barrier), "r"(block), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
       : "memory");
 #endif
 }
@@ -157,50 +160,64 @@ __device__ __forceinline__ void wait_for_inbox(uint32_t barrier) {
 #endif
 }
 
+__device__ __forceinline__ void add_to(float (&sum)[4], const float4& v) { sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w; }
+
 // Adds up partial sums, [warp_k][most_tokens][row] from the start of shared memory, of the block's warps and of the cluster's
 // blocks, and stores y: `unit` times the sums.
 __device__ __forceinline__ void finish(const Params& p, const Place& at, unsigned char* shared, int most_tokens, float unit) {
-  auto store = [&](int i, const float (&sums)[kHalves]) {
-    const int token = i / kOutputs, n = at.first_row + i % kOutputs;
-    if (n >= p.N) return;
-    uint16_t y[kHalves];
+  auto store = [&](int quad, const float (&sums)[kHalves][4]) {
+    const int token = quad / kTokenQuads, n = at.first_row + quad % kTokenQuads * 4, rows = p.N - n;  // from here to the end
+    if (rows <= 0) return;
+    uint32_t y[kHalves][2];
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
-      float sum = sums[half] * unit;
-      if (p.bias) sum += T::to_float(p.bias[n + half * p.N]);
-      y[half] = T::from_float(sum);
+      float v[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        v[e] = sums[half][e] * unit;
+        if (p.bias && e < rows) v[e] += T::to_float(p.bias[n + e + half * p.N]);
+      }
+      y[half][0] = T::from_floats(v[0], v[1]), y[half][1] = T::from_floats(v[2], v[3]);
     }
-    if constexpr (GATED) y[0] = uint16_t(gated<T>(y[0], y[1]));
-    p.y[size_t(at.first_token + token) * p.N + n] = y[0];
+    if constexpr (GATED) y[0][0] = gated<T>(y[0][0], y[1][0]), y[0][1] = gated<T>(y[0][1], y[1][1]);
+    uint16_t* const to = p.y + size_t(at.first_token + token) * p.N + n;
+    if (GATED || p.N % 4 == 0) {
+      *reinterpret_cast<uint2*>(to) = make_uint2(y[0][0], y[0][1]);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (e < rows) to[e] = uint16_t(y[0][e / 2] >> (e % 2 * 16));
+    }
   };
-  const float* const partial = reinterpret_cast<float*>(shared);
-  const int outputs = at.tokens * kOutputs, share = share_of(at);
-  const float* const inbox = reinterpret_cast<float*>(shared + p.inbox + 16);
+  const float4* const partial = reinterpret_cast<const float4*>(shared);
+  const float4* const inbox = reinterpret_cast<const float4*>(shared + p.inbox + 16);
   const uint32_t barrier = uint32_t(__cvta_generic_to_shared(shared)) + p.inbox;
+  const int quads = at.tokens * kTokenQuads, first = at.split << p.share_bits;
   if (at.splits > 1) wait_for_cluster();
-  for (int i = threadIdx.x; i < outputs; i += kThreads) {
-    float sums[kHalves] = {};
+  for (int quad = threadIdx.x; quad < quads; quad += kThreads) {
+    float sums[kHalves][4] = {};
 #pragma unroll
     for (int half = 0; half < kHalves; ++half)
 #pragma unroll
       for (int k = 0; k < WARPS_K; ++k)
-        sums[half] += partial[(k * most_tokens + i / kOutputs) * kPitch + half * kOutputs + i % kOutputs];
+        add_to(sums[half],
+               partial[(k * most_tokens + quad / kTokenQuads) * (kPitch / 4) + half * kTokenQuads + quad % kTokenQuads]);
     if (at.splits == 1) {
-      store(i, sums);
+      store(quad, sums);
     } else {
-      const int owner = unsigned(i) / unsigned(share);
+      const int owner = quad >> p.share_bits, place = quad - (owner << p.share_bits);
 #pragma unroll
       for (int half = 0; half < kHalves; ++half)
-        send(owner, barrier, barrier + 16 + ((at.split * kHalves + half) * share + i - owner * share) * 4, sums[half]);
+        send(owner, barrier, barrier + 16 + (((at.split * kHalves + half) << p.share_bits) + place) * 16, sums[half]);
     }
   }
   if (at.splits == 1) return;
   wait_for_inbox(barrier);
-  for (int i = threadIdx.x; i < share && at.split * share + i < outputs; i += kThreads) {
-    float sums[kHalves] = {};
+  for (int i = threadIdx.x; i < min(quads - first, 1 << p.share_bits); i += kThreads) {
+    float sums[kHalves][4] = {};
     for (int k = 0; k < at.splits; ++k)
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) sums[half] += inbox[(k * kHalves + half) * share + i];
-    store(at.split * share + i, sums);
+      for (int half = 0; half < kHalves; ++half) add_to(sums[half], inbox[((k * kHalves + half) << p.share_bits) + i]);
+    store(first + i, sums);
   }
 }

@@ -129,12 +129,21 @@ def inbox_offset(problem: Problem, config: Config) -> int:
     return max(ring + x, partial)
 
 
+def share_bits(problem: Problem, config: Config) -> int:
+    """The logarithm of how many times four outputs each block of the cluster finishes; the last ones may have none."""
+    quads = min(problem.M, config.tokens) * config.outputs // 4
+    return (quads - 1).bit_length() + 1 - config.splits.bit_length()
+
+
+def _inbox_bytes(problem: Problem, config: Config) -> int:
+    """Partial sums of a block's share from each block of the cluster, and a barrier."""
+    sums = 4 * config.splits * (2 if config.gated else 1) << share_bits(problem, config)
+    return 16 + 4 * sums if config.splits > 1 else 0
+
+
 def shared_bytes(problem: Problem, config: Config) -> int:
-    """Dynamic shared memory of a block; its inbox takes partial sums of its share from each block of the cluster, and a
-    barrier."""
-    share = -(-min(problem.M, config.tokens) * config.outputs // config.splits)
-    sums = share * (2 if config.gated else 1)
-    return inbox_offset(problem, config) + (16 + 4 * config.splits * sums if config.splits > 1 else 0)
+    """Dynamic shared memory of a block."""
+    return inbox_offset(problem, config) + _inbox_bytes(problem, config)
 
 
 def grid(problem: Problem, config: Config) -> tuple[int, int, int]:
