@@ -1,10 +1,10 @@
-"""Times of every tile that fits a problem: what the rules of `matgptq.kernels.tiles` and `hopper` are read off.
+"""Times of every tile that fits a problem: what the rules of `matgptq.kernels.stream` and `hopper` are read off.
 
     PYTHONPATH=. python benchmarks/sweep_tiles.py --shapes 4096x14336 --bits 2 4 --batch-sizes 1 16 --out tiles.json
 
 Each result is compared with that of the tile that `choose` takes, which `gpu_check.py` compares with float64. Tiles are
 timed twice, the second time in the opposite order, as a GPU's clock falls while it works; the geometric mean counts.
-The last columns of a row are the kernel, its tile (the fields of `tiles.Config`, `hopper.HopperConfig` or
+The last columns of a row are the kernel, its tile (the fields of `stream.Config`, `hopper.HopperConfig` or
 `many.ManyConfig` in order) and microseconds. With --sm the tiles are those of another kind of GPU, run on this one.
 Exits with 1 if results differ, and with 2 if there is no CUDA GPU.
 """
@@ -29,7 +29,8 @@ from matgptq.bench_linear import shape
 from matgptq.kernels import hopper
 from matgptq.kernels.launch import Launcher, compile_tiles, make_launcher
 from matgptq.kernels.many import ManyConfig
-from matgptq.kernels.tiles import AnyConfig, Config, Problem, choose, defines, fits, linear_choice, supports, with_chunk
+from matgptq.kernels.stream import Config, fits, linear_choice, with_chunk
+from matgptq.kernels.tiles import AnyConfig, Problem, choose, defines, supports
 
 WARPS = [(n, k) for n in (1, 2, 4) for k in (2, 4, 8, 16) if 4 <= n * k <= 16]
 
@@ -76,12 +77,13 @@ def linear_tiles(problem: Problem) -> Iterator[Config]:
 
 def hopper_tiles(problem: Problem) -> Iterator[hopper.HopperConfig]:
     """Tiles of hopper.cu."""
-    for row_tiles, words, t, k_groups, blocks, splits, (pair, stream_k) in itertools.product(
-        (1, 2, 4), (1, 2), hopper.TOKENS, (1, 2, 4), (1, 2), range(1, 7), ((False, False), (True, False), (False, True))
+    ways = ((False, False), (True, False), (False, True))
+    for row_tiles, words, t, k_groups, blocks, splits, (pair, stream_k), long in itertools.product(
+        (1, 2, 4), (1, 2), hopper.TOKENS, (1, 2, 4), (1, 2), range(1, 7), ways, (False, True)
     ):
         if t < min(problem.M, 48) or t >= 2 * max(problem.M, 8):
             continue
-        config = hopper.HopperConfig(row_tiles, words, t, k_groups, blocks, splits, pair, stream_k)
+        config = hopper.HopperConfig(row_tiles, words, t, k_groups, blocks, splits, pair, stream_k, long_turns=long)
         if hopper.supports(config, problem):
             yield config
 

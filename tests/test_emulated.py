@@ -13,7 +13,8 @@ from matgptq.kernels import nvrtc
 from matgptq.kernels.hopper import HopperConfig
 from matgptq.kernels.many import ManyConfig
 from matgptq.kernels.problem import Problem
-from matgptq.kernels.tiles import Config, linear_choice, supports
+from matgptq.kernels.stream import Config, linear_choice
+from matgptq.kernels.tiles import supports
 
 TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3}
 HOLDS = [(False, "round"), (True, "round"), (True, "prefix")]

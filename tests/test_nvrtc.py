@@ -10,7 +10,8 @@ from matgptq.kernels import nvrtc
 from matgptq.kernels.hopper import HopperConfig
 from matgptq.kernels.many import ManyConfig
 from matgptq.kernels.problem import Problem
-from matgptq.kernels.tiles import Gate, architecture, choose, defines, few_choice, gate_follows, linear_choice
+from matgptq.kernels.stream import few_choice, linear_choice
+from matgptq.kernels.tiles import Gate, architecture, choose, defines, gate_follows
 
 SHAPES = [(2048, 2048), (8192, 8192), (28672, 4096), (16384, 16384)]
 # All shapes where the tiles were measured, one elsewhere: about 1600 variants at 0.2 s each.

@@ -10,21 +10,8 @@ from matgptq.kernels.hopper import HopperConfig
 from matgptq.kernels.many import ManyConfig
 from matgptq.kernels.matmul import bucket, buckets
 from matgptq.kernels.problem import Problem, can_implement
-from matgptq.kernels.tiles import (
-    Config,
-    Gate,
-    architecture,
-    choose,
-    defines,
-    few_choice,
-    fits,
-    gate_follows,
-    grid,
-    inbox_offset,
-    linear_choice,
-    shared_bytes,
-    supports,
-)
+from matgptq.kernels.stream import Config, few_choice, fits, grid, inbox_offset, linear_choice, shared_bytes
+from matgptq.kernels.tiles import Gate, architecture, choose, defines, gate_follows, supports
 
 SHAPES = [
     (1, 16),

@@ -17,7 +17,7 @@ class HopperConfig:
     """Tile of a launch: hopper.cu's macros, then the blocks of a cluster, which split k.
 
     ``pair``: clusters of two blocks that share x. ``stream_k``: blocks share the k of tiles that do not fill a wave.
-    ``gated``: a block has as many row tiles of one layer as of the other. ``long_turns``: a turn has twice as many k tiles.
+    ``gated``: a block has as many row tiles of one layer as of the other. ``long_turns``: a turn has twice the k tiles.
     """
 
     row_tiles: int
@@ -192,14 +192,16 @@ def supports(config: HopperConfig, problem: Problem) -> bool:
 def choose(problem: Problem) -> HopperConfig | None:
     """The tile of hopper.cu for a problem; None where linear.cu is the better kernel, or the only one."""
     p = problem
-    # H200, 2026-11-23: hopper.cu is faster from 9 tokens on nearly everywhere, from 5 on where there are many planes.
+    # H200, 2026-11-30: hopper.cu is faster from 9 tokens on nearly everywhere, from 5 on where there are many planes.
     # To 16 tokens it was timed only where it scales sums.
     scales_sums = not p.shift and max(p.group_size, 0) % TILE == 0
-    many_planes = p.planes >= 8 or (p.planes >= 6 and p.row_tiles < 256) or (p.planes >= 4 and barely_two_waves(p))
+    many_planes = p.planes >= 8 or (p.planes >= 6 and p.row_tiles < 256) or (p.planes >= 4 and p.row_tiles > 528)
     if p.sm != 90 or p.M <= 4 or (p.M <= 8 and not many_planes) or (p.M <= 16 and not scales_sums):
         return None
     if p.M <= 256 or (p.row_tiles * -(-p.M // 128) <= 264 and p.k_tiles < 128):
         best = next((c for c in _tiles(p) if supports(c, p)), None)
+        if best and 32 < best.tokens <= 64:
+            best = _lengthened(p, best, p.planes <= 4)
     else:
         best = min((c for c in _candidates(p) if supports(c, p)), key=lambda c: _cost(p, c), default=None)
     if best is None:
@@ -212,14 +214,18 @@ def choose(problem: Problem) -> HopperConfig | None:
     return shared if supports(shared, p) and _microseconds(p, shared) < worth * _microseconds(p, best) else best
 
 
-def barely_two_waves(p: Problem) -> bool:
-    """Whether blocks of four row tiles, one on each SM of an H200, leave most of a second wave idle."""
-    return 132 < -(-p.row_tiles // 4) <= 176
-
-
 def _waves(p: Problem, c: HopperConfig) -> float:
     """How often its blocks fill the SMs of an H200."""
-    return -(-p.N // c.rows) * -(-p.M // c.tokens) / (_CLUSTERS[c.splits] * c.blocks)
+    return _clusters(p, c) / (_CLUSTERS[c.splits] * _blocks(p, c))
+
+
+def _clusters(p: Problem, c: HopperConfig) -> int:
+    return -(-p.N // c.rows) * -(-p.M // c.tokens)
+
+
+def _blocks(p: Problem, c: HopperConfig) -> int:
+    """Blocks that an SM has at once: few blocks have one each."""
+    return c.blocks if c.stream_k or _clusters(p, c) > _CLUSTERS[c.splits] else 1
 
 
 def _stream_k_tile(p: Problem) -> HopperConfig:
@@ -229,7 +235,9 @@ def _stream_k_tile(p: Problem) -> HopperConfig:
         registers_for_two_words = not (p.zeros and p.planes > 6)
         if t > 32 and p.row_tiles > 256 and registers_for_two_words:
             return HopperConfig(4, 2, t, 1, 1, 1, stream_k=True)
-        return HopperConfig(2, 1, t, 1, 2 if _registers_for_two_blocks(p) and t <= 32 else 1, 1, stream_k=True)
+        two = _registers_for_two_blocks(p) and t <= 32 and p.planes <= 4
+        tile = HopperConfig(2, 1, t, 1, 2 if two else 1, 1, stream_k=True)
+        return _lengthened(p, tile, t <= 64)
     padded = {t: -(-p.M // t) * t * (1 + (256 - t) / 3200) for t in (128, 192, 256)}
     t = 192 if p.M <= 192 else min(padded, key=lambda t: padded[t])
     row_tiles, words = (4, 2) if t == 128 else (2, 1)
@@ -253,7 +261,7 @@ def _microseconds(p: Problem, c: HopperConfig) -> float:
         cycles += 12 * max(p.planes - 4, 0)
     if c.row_tiles == 2 and c.tokens <= 128 and p.M > 512:
         cycles *= 1.2  # x comes from the L2 more often
-    tile = c.row_tiles * p.k_tiles / c.splits * c.blocks * cycles / 1755
+    tile = c.row_tiles * p.k_tiles / c.splits * _blocks(p, c) * cycles / 1755
     if c.stream_k:  # the sums of a tile's blocks are added one after the other
         return waves * tile + 2 + 0.012 * c.row_tiles * c.tokens + 0.7 / min(waves, 1)
     # Sums that blocks of a cluster exchange: 0.012 a row tile and token by run 6, 0.005 by its clusters of three. The
@@ -281,24 +289,7 @@ def _tiles(p: Problem) -> Iterator[HopperConfig]:
     if 128 < p.M <= 256:
         yield from _tiles_of_all_tokens(p)
     if t <= 32:
-        if rows <= 22 and two:
-            yield HopperConfig(1, 1, t, 2, 2, 6)
-        if rows <= 44 and two and not long:
-            yield HopperConfig(1, 1, t, 2, 2, 3)
-        if rows <= 66 and p.planes <= (5 if t == 32 else 6):
-            if not long and two:
-                yield HopperConfig(1, 1, t, 2, 2, 2)
-            yield HopperConfig(1, 1, t, 4, 1, 2)
-        if rows <= 66:
-            yield HopperConfig(1, 1, t, 2, 1, 2)
-        elif rows <= 132:
-            if few_planes and two:
-                yield HopperConfig(1, 1, t, 2, 2, 2)
-            if t <= 16:
-                yield HopperConfig(1, 1, t, 4, 1, 1)
-        elif two and (few_planes or rows > 264):
-            yield HopperConfig(2, 1, t, 1, 2, 2 if rows <= 264 else 1)
-        yield HopperConfig(1 if rows <= 132 else 2, 1, t, 2, 1, 1)
+        yield from _tiles_of_few_tokens(p, t)
     elif rows <= 33 or (rows <= 66 and t == 128 and not long):
         if two and (t <= 64 or (t == 96 and few_planes)):
             yield HopperConfig(1, 1, 48 if t == 96 else 32, 2, 2, 2)
@@ -314,6 +305,35 @@ def _tiles(p: Problem) -> Iterator[HopperConfig]:
     else:
         yield HopperConfig(4, 2, t, 1, 1, 2 if rows <= 264 else 1)
     yield from (HopperConfig(1, 1, min(t, 64), 2, 1, splits) for splits in (2, 1))
+
+
+def _tiles_of_few_tokens(p: Problem, t: int) -> Iterator[HopperConfig]:
+    """To 32 tokens, where turns are long if that pays: a thread that asks for weights does so for more at a time.
+
+    Measured on an H200, 2026-11-30 (`hopper_tiles.json`, run 7): 15 shapes, 2, 4 and 8 bits, 8, 16 and 32 tokens.
+    """
+    rows, two = p.row_tiles, _registers_for_two_blocks(p)
+    few_planes, some_planes = p.planes <= 3, p.planes <= 6
+    if rows <= 22 and two:
+        yield HopperConfig(1, 1, t, 2, 2, 6)
+    if rows <= 132:
+        if two and (t == 8 or (few_planes and t == 16)):
+            yield _lengthened(p, HopperConfig(1, 1, t, 2, 2, 2), some_planes)
+        if rows <= 66:
+            if two and p.k_tiles < 128 and p.planes <= (5 if t == 32 else 6):
+                yield HopperConfig(1, 1, t, 2, 2, 2)
+            yield _lengthened(p, HopperConfig(1, 1, t, 2, 1, 2), some_planes)
+        yield _lengthened(p, HopperConfig(1, 1, t, 2, 1, 1), some_planes)
+    else:
+        if two and (few_planes or rows > 264):
+            yield _lengthened(p, HopperConfig(2, 1, t, 1, 2, 2 if rows <= 264 else 1))
+        yield _lengthened(p, HopperConfig(2, 1, t, 2, 1, 1), some_planes)
+
+
+def _lengthened(p: Problem, c: HopperConfig, wanted: bool = True) -> HopperConfig:
+    """The tile with long turns, if they are wanted and three fit."""
+    long = replace(c, long_turns=True)
+    return long if wanted and supports(long, p) and stages(p, long) >= 3 else c
 
 
 def _tiles_of_all_tokens(p: Problem) -> Iterator[HopperConfig]:

@@ -14,18 +14,8 @@ from . import hopper, many, nvrtc
 from .hopper import HopperConfig
 from .many import ManyConfig
 from .problem import TILE, Problem
-from .tiles import (
-    AnyConfig,
-    Config,
-    Gate,
-    architecture,
-    defines,
-    gate_follows,
-    grid,
-    inbox_offset,
-    share_bits,
-    shared_bytes,
-)
+from .stream import Config, grid, inbox_offset, share_bits, shared_bytes
+from .tiles import AnyConfig, Gate, architecture, defines, gate_follows
 
 _PARAMS = struct.Struct("6Q11if")  # call.cuh, Params
 _HOPPER = struct.Struct("128s5Q10ifi2Q3i12x")  # hopper.cu, Params
