@@ -212,7 +212,8 @@ def product_cases(quick: bool) -> Iterator[tuple[dict[str, Any], int]]:
     for (N, K), bits, M in itertools.product(shapes, (2, 3, 4, 6, 8), (1, 2, 3, 16, 33, 130, 257, 1000)):
         yield {"N": N, "K": K, "bits": bits, "group_size": 16 if K % 64 else 64}, M
     # Every family of tiles that `choose` takes; those of linear.cu and hopper.cu with all ways of holding weights.
-    shapes = [(2048, 2048), (4096, 4096), (6144, 1024), (8192, 1024), (12288, 1024), (28672, 1024), (4096, 14336)]
+    shapes = [(2048, 2048), (4096, 4096), (6144, 1024), (8192, 1024), (10240, 1024), (12288, 1024), (28672, 1024)]
+    shapes += [(4096, 14336)]
     for (N, K), M in itertools.product(
         shapes, (4, 8, 9, 16, 24, 32, 48, 64, 96, 128, 160, 200, 256, 350, 512, 700, 1100)
     ):

@@ -46,6 +46,10 @@ CASES = [  # bits, M, N, K, group_size, zeros, resident
     # linear.cu: blocks of four row tiles, of two in a cluster
     (2, 6, 16500, 512, 128, False, False),
     (4, 3, 8100, 1024, 128, False, True),
+    # of two and four row tiles, four in a cluster
+    (2, 8, 2500, 1024, 128, False, False),
+    (4, 4, 10200, 1024, 64, False, True),
+    (8, 4, 5100, 1024, -1, True, False),
     # few.cu: several chunks of x, ragged N and K, all kinds of weights
     (2, 2, 4096, 8192, 128, False, False),
     (3, 1, 200, 4128, 32, True, True),
@@ -65,7 +69,7 @@ GATED = [  # few.cu, linear.cu by one block and by two of a cluster, a tile that
     (4, 180, 9728, 512, 128, False, False),
 ]
 
-SHARE_K, PAIR = {"stream_k": True}, {"pair": True}
+SHARE_K, PAIR, LONG = {"stream_k": True}, {"pair": True}, {"long_turns": True}
 TILES: list[tuple[tuple[Any, ...], AnyConfig]] = [  # which `choose` takes for larger problems
     # stream-K: whole tiles and pieces; a wave of whole tiles before (20 tokens); many blocks a tile
     ((4, 150, 17000, 256, 64, False, False), HopperConfig(2, 1, 192, 1, 1, 1, **SHARE_K)),
@@ -75,6 +79,13 @@ TILES: list[tuple[tuple[Any, ...], AnyConfig]] = [  # which `choose` takes for l
     ((5, 120, 33000, 256, 128, False, False), HopperConfig(4, 2, 128, 1, 1, 1, **SHARE_K)),
     ((3, 20, 1100, 2048, 128, False, False), HopperConfig(2, 1, 24, 1, 2, 1, **SHARE_K)),
     ((2, 90, 600, 4096, 128, False, True), HopperConfig(2, 1, 96, 1, 1, 1, **SHARE_K)),
+    # long turns: of whole groups of k and not, zeros, k that ends inside one; the same, gated; shared
+    ((4, 16, 4000, 2048, 128, False, False), HopperConfig(2, 1, 16, 1, 2, 1, **LONG)),
+    ((2, 7, 300, 1168, 64, False, True), HopperConfig(1, 1, 8, 2, 2, 2, **LONG)),
+    ((3, 30, 1000, 1168, 16, True, False), HopperConfig(1, 1, 32, 2, 1, 1, **LONG)),
+    ((4, 60, 1000, 2048, 128, False, False), HopperConfig(4, 2, 64, 1, 1, 2, **LONG)),
+    ((4, 16, 4032, 2048, 128, False, False), HopperConfig(2, 1, 16, 1, 2, 1, **LONG, gated=True)),
+    ((2, 14, 17000, 1024, 128, False, False), HopperConfig(2, 1, 16, 1, 2, 1, **SHARE_K, **LONG)),
     # two blocks that share x, an odd number of them along rows
     ((4, 1030, 6200, 256, 64, False, False), HopperConfig(2, 1, 256, 1, 1, 1, **PAIR)),
     ((2, 1030, 6200, 256, 128, False, True), HopperConfig(4, 2, 128, 1, 1, 1, **PAIR)),

@@ -95,6 +95,10 @@ HOPPER_TILES = [
     HopperConfig(2, 1, 24, 1, 2, 1, stream_k=True),
     HopperConfig(2, 1, 192, 1, 1, 1, stream_k=True),
     HopperConfig(4, 2, 64, 1, 1, 1, stream_k=True),
+    HopperConfig(1, 1, 8, 2, 2, 2, long_turns=True),
+    HopperConfig(2, 1, 16, 1, 2, 1, long_turns=True),
+    HopperConfig(4, 2, 64, 1, 1, 2, long_turns=True),
+    HopperConfig(2, 1, 24, 1, 1, 1, stream_k=True, long_turns=True),
 ]
 
 
