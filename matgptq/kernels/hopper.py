@@ -312,17 +312,17 @@ def _tiles_of_few_tokens(p: Problem, t: int) -> Iterator[HopperConfig]:
 
     Measured on an H200, 2026-11-30 (`hopper_tiles.json`, run 7): 15 shapes, 2, 4 and 8 bits, 8, 16 and 32 tokens.
     """
-    rows, two = p.row_tiles, _registers_for_two_blocks(p)
+    rows, two, short = p.row_tiles, _registers_for_two_blocks(p), p.k_tiles < 128
     few_planes, some_planes = p.planes <= 3, p.planes <= 6
     if rows <= 22 and two:
         yield HopperConfig(1, 1, t, 2, 2, 6)
     if rows <= 132:
-        if two and (t == 8 or (few_planes and t == 16)):
+        if two and t <= 16 and (few_planes or (t == 8 and (short or rows > 66))):
             yield _lengthened(p, HopperConfig(1, 1, t, 2, 2, 2), some_planes)
         if rows <= 66:
-            if two and p.k_tiles < 128 and p.planes <= (5 if t == 32 else 6):
+            if two and short and p.planes <= (5 if t == 32 else 6):
                 yield HopperConfig(1, 1, t, 2, 2, 2)
-            yield _lengthened(p, HopperConfig(1, 1, t, 2, 1, 2), some_planes)
+            yield _lengthened(p, HopperConfig(1, 1, t, 2, 1, 2), some_planes and not short)
         yield _lengthened(p, HopperConfig(1, 1, t, 2, 1, 1), some_planes)
     else:
         if two and (few_planes or rows > 264):

@@ -276,10 +276,10 @@ def _three_to_eight(p: Problem, two: int) -> tuple[int, int, int, int, int, int]
         if rows <= 132:
             return 1, 1, 8, 2, two, 2
         if rows <= 264:
-            return (1, 4, 2, 2, two, 4) if rows <= 192 else (1, 4, 4, 2, 1, 2)
+            return (1, 4, 2, 2, two, 4) if rows <= 192 else (1, 4, 4, 2, 1, 2) if p.M <= 4 else (1, 2, 8, 3, 1, 1)
         if rows <= 400:
             return 1, 1, 8, 2, two, 1
-        return (1, 4, 2, 2, 1, 1) if rows <= 528 else (2, 1, 4, 2, two, 1)
+        return (1, 4, 4, 2, 1, 1) if rows <= 528 else (2, 1, 4, 2, two, 1)
     if rows <= 48:
         return 2, 2, 4, 2, 2, 4
     if rows <= 66:
