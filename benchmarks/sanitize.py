@@ -81,7 +81,7 @@ TILES: list[tuple[tuple[Any, ...], AnyConfig]] = [  # which `choose` takes for l
     ((2, 90, 600, 4096, 128, False, True), HopperConfig(2, 1, 96, 1, 1, 1, **SHARE_K)),
     # long turns: of whole groups of k and not, zeros, k that ends inside one; the same, gated; shared
     ((4, 16, 4000, 2048, 128, False, False), HopperConfig(2, 1, 16, 1, 2, 1, **LONG)),
-    ((2, 7, 300, 1168, 64, False, True), HopperConfig(1, 1, 8, 2, 2, 2, **LONG)),
+    ((2, 7, 300, 1216, 64, False, True), HopperConfig(1, 1, 8, 2, 2, 2, **LONG)),
     ((3, 30, 1000, 1168, 16, True, False), HopperConfig(1, 1, 32, 2, 1, 1, **LONG)),
     ((4, 60, 1000, 2048, 128, False, False), HopperConfig(4, 2, 64, 1, 1, 2, **LONG)),
     ((4, 16, 4032, 2048, 128, False, False), HopperConfig(2, 1, 16, 1, 2, 1, **LONG, gated=True)),

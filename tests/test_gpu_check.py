@@ -15,7 +15,8 @@ import torch
 
 import matgptq
 from matgptq.kernels.hopper import HopperConfig
-from matgptq.kernels.tiles import Problem, choose, defines, supports
+from matgptq.kernels.many import ManyConfig
+from matgptq.kernels.tiles import Problem, can_implement, choose, defines, supports
 from matgptq.quantizer.pipeline import quantize
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -218,3 +219,19 @@ def test_every_kind_of_gated_tile_is_checked(monkeypatch):
     )
     assert len(asked) > 20
     assert asked <= checked
+
+
+def test_the_sanitizers_cases_can_be_computed(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import sanitize
+
+    def problem(case, gated, sm=90):
+        bits, M, N, K, group_size, zeros, resident = case
+        return Problem(M, N, K, bits, "float16", group_size, resident, zeros=zeros, sm=sm, gated=gated)
+
+    tiles = [(case, tile.gated, tile) for case, tile in sanitize.TILES]
+    chosen = [(case, gated, None) for gated, cases in enumerate((sanitize.CASES, sanitize.GATED)) for case in cases]
+    for case, gated, tile in (*tiles, *chosen):
+        asked = problem(case, bool(gated), 80 if isinstance(tile, ManyConfig) else 90)
+        assert can_implement(asked) == (True, ""), case
+        assert supports(tile or choose(asked), asked if tile is None or tile.gated else asked.layer), (case, tile)
