@@ -111,7 +111,9 @@ def check(checks: Checks, kind: type[Layer], bits: int, M: int, N: int, K: int, 
     """Compare a product with float64."""
     group_size, zeros, resident = rest
     layer = kind(N, K, bits, "float16", group_size, "round", resident, zeros, bias=True)
-    checks.close(layer, tokens(M, K, "float16") * 0.3, f"{kind.__name__} {bits=} {M=} {N}x{K}")
+    name = f"{kind.__name__} {bits=} {M=} {N}x{K}"
+    checks.close(layer, tokens(M, K, "float16") * 0.3, name)
+    print(name, flush=True)  # a tool that is slow may be stopped: this far it came
 
 
 def main() -> None:
