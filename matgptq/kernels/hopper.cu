@@ -2,11 +2,11 @@
 //
 // Decoded weights are the A operand (64 rows, in registers) of wgmma.m64nTOKENSk16, x its B operand in shared memory.
 //
-// A block owns ROW_TILES row tiles, TOKENS tokens and its share of k, which it takes in turns of one to eight k tiles. One
-// thread asks for turns ahead, into a ring: planes, scales and zeros by bulk copies, x by TMA (128-byte swizzle, zeros beyond
-// M and K). Each consumer warp decodes its WORDS words of one row tile; the 64 rows of a wgmma are 16 of each warp of a
-// warpgroup, whichever rows those are. The wgmmas of one piece (a word, 64 k) run while the next piece is decoded, to the other
-// of two sets of registers. K_GROUPS groups of warps share the k tiles of a turn.
+// A block owns ROW_TILES row tiles, TOKENS tokens and its share of k, which it takes in turns of one to sixteen k tiles. Two
+// threads ask for turns ahead, into a ring: one for planes, scales and zeros by bulk copies, one for x by TMA (128-byte swizzle,
+// zeros beyond M and K). Each consumer warp decodes its WORDS words of one row tile; the 64 rows of a wgmma are 16 of each warp
+// of a warpgroup, whichever rows those are. The wgmmas of one piece (a word, 64 k) run while the next piece is decoded, to the
+// other of two sets of registers. K_GROUPS groups of warps share the k tiles of a turn.
 //
 // A weight's base and middle are taken off exactly, in 16 bits. To 32 tokens, sums over a part of k are scaled, in fp32. With more,
 // each weight is, with one rounding in 16 bits, and sums run through all of K. With zeros, weights are made in fp32.
@@ -20,7 +20,7 @@
 // takes a run of them, in the order of tiles. Where it ends within a tile, it leaves the sums in global memory; where it begins
 // within one, it adds what blocks before it left, in one fixed order. It does so last, when that has long been there.
 //
-// Measured on an H200 (2026-11-23): to 128 tokens decoding bounds it, with the registers that wgmma takes from its instructions,
+// Measured on an H200 (2026-11): to 128 tokens decoding bounds it, with the registers that wgmma takes from its instructions,
 // and what a call costs whatever its size; from 256 on the tensor cores, and from 2048 on power, to which the clock falls.
 // docs/kernels.md has the figures.
 //
@@ -347,9 +347,9 @@ struct Work {
 // tiles of few tokens: addresses are stepped.
 struct Weights {
   const unsigned char *planes, *scales, *zeros;  // of the first row tile; planes of the next turn
-  uint32_t row_bytes, row_groups;                // from one row tile to the next: bytes of planes, groups
-  int last;     // row tile that there is; what follows is computed with its weights, and not stored
-  int k_tile;   // of the next turn
+  uint32_t row_bytes, row_groups;                // of a row tile: bytes of planes, groups
+  int last;                                      // row tile that there is; what follows has its weights, and is not stored
+  int k_tile;                                    // of the next turn
 
   __device__ Weights(const Params& p, const Tile& tile, int first_turn) : k_tile(first_turn * kTurnTiles) {
     const int row_tile = min(tile.row_block * kOutputTiles, p.row_tiles - 1);
@@ -540,7 +540,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
   const int first_word = kExchange ? (row_warp + lane / 8) % kTileWarps * WORDS : own_word;
   const int home_warp = tile_of_warp * kTileWarps + (row_warp + kTileWarps - lane / 8 % kTileWarps) % kTileWarps;
   const int home = kExchange ? home_warp * 32 + lane : thread;
-  constexpr int kLag = kPieces == 1 ? 2 : 1;              // turns that may still be multiplied when one is decoded
+  constexpr int kLag = kPieces == 1 ? 2 : 1;  // turns that may still be multiplied when one is decoded
   int stage = 0;
   uint32_t phase = 0;
   auto release = [&](int turns_ago, bool there) {
