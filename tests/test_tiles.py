@@ -175,6 +175,19 @@ def test_shares_are_even_and_whole(tokens):
         assert shares.left_bytes == blocks * (128 * tokens * 4 + 8)
 
 
+def test_turns_are_long_where_three_fit_the_ring():
+    long = set()
+    for (N, K), M, bits in itertools.product(SHAPES[3:8], (8, 16, 24, 32, 64, 128, 1024), range(2, 9)):
+        problem = Problem(M, N, K, bits)
+        tile = choose(problem)
+        if isinstance(tile, HopperConfig) and tile.long_turns:
+            assert tile.turn_tiles == 2 * replace(tile, long_turns=False).turn_tiles
+            assert hopper.stages(problem, tile) >= 3, (problem, tile)
+            long.add((M, bits))
+    assert {(16, 2), (16, 4), (32, 4), (64, 2)} <= long
+    assert not {M for M, _ in long} & {128, 1024}
+
+
 def test_tokens_choose_the_kernel():
     assert [few_choice(Problem(M, 8192, 8192, 4)) is not None for M in (1, 2, 3)] == [True, True, False]
     assert few_choice(Problem(1, 8192, 8192, 4, group_size=32)) is None

@@ -200,7 +200,7 @@ def choose(problem: Problem) -> HopperConfig | None:
         return None
     if p.M <= 256 or (p.row_tiles * -(-p.M // 128) <= 264 and p.k_tiles < 128):
         best = next((c for c in _tiles(p) if supports(c, p)), None)
-        if best and 32 < best.tokens <= 64:
+        if best and best.tokens > 32 and p.M <= 64:
             best = _lengthened(p, best, p.planes <= 4)
     else:
         best = min((c for c in _candidates(p) if supports(c, p)), key=lambda c: _cost(p, c), default=None)
