@@ -216,16 +216,16 @@ def choose(problem: Problem) -> HopperConfig | None:
 
 def _waves(p: Problem, c: HopperConfig) -> float:
     """How often its blocks fill the SMs of an H200."""
-    return _clusters(p, c) / (_CLUSTERS[c.splits] * _blocks(p, c))
+    return _cluster_count(p, c) / (_CLUSTERS[c.splits] * _blocks_at_once(p, c))
 
 
-def _clusters(p: Problem, c: HopperConfig) -> int:
+def _cluster_count(p: Problem, c: HopperConfig) -> int:
     return -(-p.N // c.rows) * -(-p.M // c.tokens)
 
 
-def _blocks(p: Problem, c: HopperConfig) -> int:
-    """Blocks that an SM has at once: few blocks have one each."""
-    return c.blocks if c.stream_k or _clusters(p, c) > _CLUSTERS[c.splits] else 1
+def _blocks_at_once(p: Problem, c: HopperConfig) -> int:
+    """Blocks that an SM has at once: where there are few, they have one each."""
+    return c.blocks if c.stream_k or _cluster_count(p, c) > _CLUSTERS[c.splits] else 1
 
 
 def _stream_k_tile(p: Problem) -> HopperConfig:
@@ -261,7 +261,7 @@ def _microseconds(p: Problem, c: HopperConfig) -> float:
         cycles += 12 * max(p.planes - 4, 0)
     if c.row_tiles == 2 and c.tokens <= 128 and p.M > 512:
         cycles *= 1.2  # x comes from the L2 more often
-    tile = c.row_tiles * p.k_tiles / c.splits * _blocks(p, c) * cycles / 1755
+    tile = c.row_tiles * p.k_tiles / c.splits * _blocks_at_once(p, c) * cycles / 1755
     if c.stream_k:  # the sums of a tile's blocks are added one after the other
         return waves * tile + 2 + 0.012 * c.row_tiles * c.tokens + 0.7 / min(waves, 1)
     # Sums that blocks of a cluster exchange: 0.012 a row tile and token by run 6, 0.005 by its clusters of three. The
@@ -284,14 +284,13 @@ def _tiles(p: Problem) -> Iterator[HopperConfig]:
     else:
         t = 96 if p.M <= 192 or 256 < p.M <= 384 or 512 < p.M <= 768 else 128
     rows = p.row_tiles * -(-p.M // t)
-    few_planes, long = p.planes <= 6, p.k_tiles >= 128
-    two = _registers_for_two_blocks(p)
+    two, long = _registers_for_two_blocks(p), p.k_tiles >= 128
     if 128 < p.M <= 256:
         yield from _tiles_of_all_tokens(p)
     if t <= 32:
         yield from _tiles_of_few_tokens(p, t)
     elif rows <= 33 or (rows <= 66 and t == 128 and not long):
-        if two and (t <= 64 or (t == 96 and few_planes)):
+        if two and (t <= 64 or (t == 96 and p.planes <= 6)):
             yield HopperConfig(1, 1, 48 if t == 96 else 32, 2, 2, 2)
         yield HopperConfig(1, 1, 48 if t in (48, 96) else 64, 2, 1, 2 if rows <= 33 else 1)
     elif rows <= 66:
@@ -371,8 +370,7 @@ def _cost(p: Problem, c: HopperConfig) -> float:
     2048 x 2048 to 16384 x 16384, 6144 x 4096, 28672 x 4096, 4096 x 14336), and to 2 kinds of tiles of an earlier
     kernel from M = 1024 on.
     """
-    clusters = -(-p.N // c.rows) * -(-p.M // c.tokens)
-    waves = -(-clusters // _CLUSTERS[c.splits])
+    waves = -(-_cluster_count(p, c) // _CLUSTERS[c.splits])
     turns = -(-p.k_tiles // (2 * c.splits))  # of 128 k
     sums = c.row_tiles * c.tokens
     multiply = 4 * sums
