@@ -69,7 +69,7 @@ class Arithmetic:
         if operand in self._special:
             special = self._special[operand].astype(dtype)
             return lambda threads: special[threads]
-        if operand == "shared" or "_param_" in operand:  # each the start of its own space
+        if "_param_" in operand:  # the start of their space
             value = np.zeros(1, dtype)
         elif operand.startswith("0f"):
             value = np.array([int(operand[2:], 16)], np.uint32).view(dtype)

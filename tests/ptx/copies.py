@@ -8,7 +8,7 @@ from .arithmetic import Arithmetic, Step
 from .memory import Array, Fault, Mbarrier, Memory, Races
 from .program import TYPES, Kernel, split
 
-_OTHER_BLOCK = 24  # bit of a shared address from which on is the block of its cluster, plus 1
+_OF_BLOCK = 24  # bit of a shared address from which on is the block of its cluster, plus 1 (a GPU does not add that)
 
 
 class Copies(Arithmetic):
@@ -25,7 +25,7 @@ class Copies(Arithmetic):
         cluster: int,
         races: bool,
     ) -> None:
-        super().__init__(kernel, special)
+        super().__init__(kernel, special | {"shared": 1 + block % cluster << _OF_BLOCK})
         self._memory, self._params = memory, np.frombuffer(params, np.uint8)
         self._block, self._shared_size, self._cluster = block, shared, cluster
         self._shared = np.full((block[-1] + 1) * shared, 0xFF, np.uint8)  # all ones are NaN in every format
@@ -91,8 +91,8 @@ class Copies(Arithmetic):
 
     def _places(self, threads: Array, address: Array, size: int, write: bool, align: int = 0) -> Array:
         """Of bytes in the shared memory of the threads' blocks, or of others of their clusters."""
-        other = address >> _OTHER_BLOCK
-        address = address - (other << _OTHER_BLOCK)
+        other = address >> _OF_BLOCK
+        address = address - (other << _OF_BLOCK)
         if (address + size > self._shared_size).any() or (address % (align or size)).any():
             raise Fault(f"{size} bytes of shared memory, outside {self._shared_size} or not aligned: {address.max()}")
         block = self._block[threads]
@@ -158,10 +158,12 @@ class Copies(Arithmetic):
             def copy_box(threads: Array) -> None:
                 for i, thread in enumerate(threads):
                     data = self._box(int(address(threads)[i]), *map(int, coordinates(threads)[i]))
-                    mask = int(blocks(threads)[i]) if blocks else 0
-                    others = [1 + b << _OTHER_BLOCK for b in range(self._cluster) if mask >> b & 1] if mask else [0]
-                    for other in others:
-                        self._fly(thread, int(to(threads)[i]) + other, data, int(barrier(threads)[i]) + other)
+                    places = int(to(threads)[i]), int(barrier(threads)[i])
+                    mask = int(blocks(threads)[i]) if blocks else 1 << (places[0] >> _OF_BLOCK) - 1
+                    for block in range(self._cluster):
+                        if mask >> block & 1:
+                            there, counter = (place % (1 << _OF_BLOCK) + (1 + block << _OF_BLOCK) for place in places)
+                            self._fly(thread, there, data, counter)
 
             return copy_box
         of, size = self._address(operands[1]), self._read(operands[2], "u32")
@@ -231,5 +233,7 @@ class Copies(Arithmetic):
 
     def _mapa(self, parts: list[str], operands: list[str]) -> Step:
         return self._apply(
-            operands, ["u32", "u32"], lambda address, block: address + (block + np.uint32(1) << np.uint32(_OTHER_BLOCK))
+            operands,
+            ["u32", "u32"],
+            lambda address, block: address % np.uint32(1 << _OF_BLOCK) + (block + np.uint32(1) << np.uint32(_OF_BLOCK)),
         )
