@@ -238,8 +238,13 @@ def _stream_k_tile(p: Problem) -> HopperConfig:
         two = _registers_for_two_blocks(p) and t <= 32 and p.planes <= 4
         tile = HopperConfig(2, 1, t, 1, 2 if two else 1, 1, stream_k=True)
         return _lengthened(p, tile, t <= 64)
-    padded = {t: -(-p.M // t) * t * (1 + (256 - t) / 3200) for t in (128, 192, 256)}
-    t = 192 if p.M <= 192 else min(padded, key=lambda t: padded[t])
+    padded = {t: -(-p.M // t) * t for t in (128, 192, 256)}
+    t = 192 if p.M <= 192 else min(padded, key=lambda t: padded[t] * (1 + (256 - t) / 3200))
+    small = HopperConfig(2, 1, 128, 1, 1, 1, stream_k=True)
+    waves = _waves(p, small)
+    # It leaves half the sums to others, but decodes twice as often (`hopper_tiles.json`, runs 6 and 8).
+    if p.M <= 512 and waves <= 1 and waves * p.k_tiles <= 128 and padded[128] <= padded[t]:
+        return small
     row_tiles, words = (4, 2) if t == 128 else (2, 1)
     return HopperConfig(row_tiles, words, t, 1, 1, 1, stream_k=True)
 
@@ -283,6 +288,8 @@ def _tiles(p: Problem) -> Iterator[HopperConfig]:
         t = next(t for t in TOKENS if t >= p.M)
     else:
         t = 96 if p.M <= 192 or 256 < p.M <= 384 or 512 < p.M <= 768 else 128
+        if p.M > 256 and p.row_tiles * -(-p.M // t) > 264:
+            t = 128  # else blocks would not fit the SMs once
     rows = p.row_tiles * -(-p.M // t)
     two, long = _registers_for_two_blocks(p), p.k_tiles >= 128
     if 128 < p.M <= 256:
