@@ -350,7 +350,7 @@ def main() -> None:
     fill(ROOT / "docs" / "kernels.md", "without wgmma", older_table(tiles, many))
     served = results / "vllm.json"
     if served.exists():
-        names = ("vllm", "vllm_packed", "vllm_resident")
+        names = ("vllm", "vllm_packed", "vllm_resident", "vllm_again")
         runs = [json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in names]
         fill(ROOT / "docs" / "vllm.md", "vllm", vllm_table(*runs))
         plot_vllm(ROOT / "assets" / "vllm_speedups.svg", *runs[:2])
