@@ -91,12 +91,12 @@ class Copies(Arithmetic):
 
     def _places(self, threads: Array, address: Array, size: int, write: bool, align: int = 0) -> Array:
         """Of bytes in the shared memory of the threads' blocks, or of others of their clusters."""
-        other = address >> _OF_BLOCK
-        address = address - (other << _OF_BLOCK)
-        if (address + size > self._shared_size).any() or (address % (align or size)).any():
+        rank = (address >> _OF_BLOCK) - 1
+        address = address % (1 << _OF_BLOCK)
+        outside = (rank < 0) | (rank >= self._cluster) | (address + size > self._shared_size)
+        if outside.any() or (address % (align or size)).any():
             raise Fault(f"{size} bytes of shared memory, outside {self._shared_size} or not aligned: {address.max()}")
-        block = self._block[threads]
-        block = np.where(other > 0, block // self._cluster * self._cluster + other - 1, block)
+        block = self._block[threads] // self._cluster * self._cluster + rank
         places = (block * self._shared_size + address)[:, None] + np.arange(size)
         if self._races:
             self._races.use(threads, places[:, ::2] // 2, write)
