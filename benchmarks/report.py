@@ -338,35 +338,23 @@ def write_linear(report: dict[str, Any], peers: Peers, root: Path) -> None:
 
 def main() -> None:
     """Fill the pages and draw the plots."""
-    results = ROOT / "benchmarks" / "results" / "h200"
-    names = ("linear_few", "linear", "peers")
-    few, many, peers = (json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in names)
-    write_linear(joined(few, many), read_peers(peers), ROOT)
-    models = json.loads((results / "linear_models.json").read_text(encoding="utf-8"))
-    fill(ROOT / "docs" / "kernels.md", "models", models_table(models))
-    gated = json.loads((results / "gated_tiles.json").read_text(encoding="utf-8"))
-    fill(ROOT / "docs" / "kernels.md", "gated", gated_table(gated))
-    tiles = json.loads((results / "many_tiles.json").read_text(encoding="utf-8"))
-    fill(ROOT / "docs" / "kernels.md", "without wgmma", older_table(tiles, many))
-    served = results / "vllm.json"
-    if served.exists():
-        names = ("vllm", "vllm_packed", "vllm_resident", "vllm_again")
-        runs = [json.loads((results / f"{name}.json").read_text(encoding="utf-8")) for name in names]
-        fill(ROOT / "docs" / "vllm.md", "vllm", vllm_table(*runs))
-        plot_vllm(ROOT / "assets" / "vllm_speedups.svg", *runs[:2])
-    decoded = results / "transformers.json"
-    if decoded.exists():
-        fill(
-            ROOT / "docs" / "transformers.md",
-            "transformers",
-            transformers_table(json.loads(decoded.read_text("utf-8"))),
-        )
-        packed = json.loads((results / "transformers_packed.json").read_text("utf-8"))
-        fill(ROOT / "docs" / "transformers.md", "packed", transformers_table(packed))
-    results = ROOT / "benchmarks" / "results" / "cpu"
-    quality = json.loads((results / "quality.json").read_text(encoding="utf-8"))
-    demo = json.loads((results / "demo.json").read_text(encoding="utf-8"))
-    fill(ROOT / "docs" / "quantizer.md", "quality", quality_table(quality))
+
+    def read(name: str) -> Any:
+        path = ROOT / "benchmarks" / "results" / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    docs, many = ROOT / "docs", read("h200/linear")
+    write_linear(joined(read("h200/linear_few"), many), read_peers(read("h200/peers")), ROOT)
+    fill(docs / "kernels.md", "models", models_table(read("h200/linear_models")))
+    fill(docs / "kernels.md", "gated", gated_table(read("h200/gated_tiles")))
+    fill(docs / "kernels.md", "without wgmma", older_table(read("h200/many_tiles"), many))
+    served = [read(f"h200/{name}") for name in ("vllm", "vllm_packed", "vllm_resident", "vllm_again")]
+    fill(docs / "vllm.md", "vllm", vllm_table(*served))
+    plot_vllm(ROOT / "assets" / "vllm_speedups.svg", *served[:2])
+    fill(docs / "transformers.md", "transformers", transformers_table(read("h200/transformers")))
+    fill(docs / "transformers.md", "packed", transformers_table(read("h200/transformers_packed")))
+    demo = read("cpu/demo")
+    fill(docs / "quantizer.md", "quality", quality_table(read("cpu/quality")))
     fill(ROOT / "README.md", "demo", demo_table(demo))
     rows = [WidthResult(int(bits), row["perplexity"], row["bytes"]) for bits, row in demo["widths"].items()]
     dense = WidthResult(16, demo["dense_perplexity"], demo["dense_bytes"])
