@@ -1,4 +1,4 @@
-// What hopper.cu asks of sm_90a: wgmma, barriers in shared memory, bulk copies, clusters.
+// What hopper.cu asks of sm_90a: wgmma of TOKENS tokens in FORMAT, barriers in shared memory, bulk copies, clusters.
 #pragma once
 #include "decode.cuh"
 
@@ -172,7 +172,8 @@ __device__ __forceinline__ void store_transposed(uint32_t address, const uint32_
 }
 
 // B operand of 16 k: rows of 128 bytes (64 k of a token) in the 128-byte swizzle, eight rows in 1024 bytes. `place` is the
-// address in units of 16 bytes.
+// address in units of 16 bytes. In a cluster that holds the block's rank, from bit 20 on: it falls into the leading dimension's
+// offset, which means nothing with this swizzle.
 __device__ __forceinline__ uint64_t descriptor(uint32_t place) {
   return (uint64_t(1) << 62) | (uint64_t(64) << 32) | (1u << 16) + place;
 }
