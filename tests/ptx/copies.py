@@ -1,6 +1,7 @@
 """Loads, stores and copies, and the mbarriers that count what lands."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -9,6 +10,11 @@ from .memory import Array, Fault, Mbarrier, Memory, Races
 from .program import TYPES, Kernel, split
 
 _OF_BLOCK = 24  # bit of a shared address from which on is the block of its cluster, plus 1 (a GPU does not add that)
+
+
+def in_block(address: Any, rank: Any) -> Any:
+    """The same place in the shared memory of the cluster's block ``rank``."""
+    return address % (1 << _OF_BLOCK) + (rank + 1 << _OF_BLOCK)
 
 
 class Copies(Arithmetic):
@@ -25,7 +31,7 @@ class Copies(Arithmetic):
         cluster: int,
         races: bool,
     ) -> None:
-        super().__init__(kernel, special | {"shared": 1 + block % cluster << _OF_BLOCK})
+        super().__init__(kernel, special | {"shared": in_block(0, block % cluster)})
         self._memory, self._params = memory, np.frombuffer(params, np.uint8)
         self._block, self._shared_size, self._cluster = block, shared, cluster
         self._shared = np.full((block[-1] + 1) * shared, 0xFF, np.uint8)  # all ones are NaN in every format
@@ -158,12 +164,13 @@ class Copies(Arithmetic):
             def copy_box(threads: Array) -> None:
                 for i, thread in enumerate(threads):
                     data = self._box(int(address(threads)[i]), *map(int, coordinates(threads)[i]))
-                    places = int(to(threads)[i]), int(barrier(threads)[i])
-                    mask = int(blocks(threads)[i]) if blocks else 1 << (places[0] >> _OF_BLOCK) - 1
-                    for block in range(self._cluster):
-                        if mask >> block & 1:
-                            there, counter = (place % (1 << _OF_BLOCK) + (1 + block << _OF_BLOCK) for place in places)
-                            self._fly(thread, there, data, counter)
+                    place, counter = int(to(threads)[i]), int(barrier(threads)[i])
+                    if blocks is None:
+                        self._fly(thread, place, data, counter)
+                        continue
+                    for rank in range(self._cluster):
+                        if int(blocks(threads)[i]) >> rank & 1:
+                            self._fly(thread, in_block(place, rank), data, in_block(counter, rank))
 
             return copy_box
         of, size = self._address(operands[1]), self._read(operands[2], "u32")
@@ -232,8 +239,4 @@ class Copies(Arithmetic):
             self._wake()
 
     def _mapa(self, parts: list[str], operands: list[str]) -> Step:
-        return self._apply(
-            operands,
-            ["u32", "u32"],
-            lambda address, block: address % np.uint32(1 << _OF_BLOCK) + (block + np.uint32(1) << np.uint32(_OF_BLOCK)),
-        )
+        return self._apply(operands, ["u32", "u32"], in_block)
