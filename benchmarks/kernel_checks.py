@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from matgptq.kernels.launch import make_launcher
-from matgptq.kernels.matmul import matmul, warmup
+from matgptq.kernels.matmul import bind, matmul, warmup
 from matgptq.kernels.packing import pack_codes, pack_scales, unpack
 from matgptq.kernels.tiles import Problem, choose
 from matgptq.slicing import slice_codes
@@ -88,6 +88,40 @@ class GatedLayer(Layer):
         """The result in float64."""
         gate, up = super().reference(x).chunk(2, -1)
         return torch.nn.functional.silu(gate) * up
+
+
+class NormedLayer(Layer):
+    """A layer of ``rms_norm(x + residual)``; residual and norm are random."""
+
+    eps = 1e-5
+
+    def _others(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = str(x.dtype).split(".")[-1]
+        M, K = x.shape
+        return tokens(M, K, dtype, seed=2), tokens(1, K, dtype, seed=3)[0]
+
+    def results(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The kernels' product and sum."""
+        names = ("bits", "group_size", "in_features", "out_features", "rule", "resident")
+        call = bind(*(self.options[name] for name in names), self.options.get("gated", False))
+        return call.normed(x, *self._others(x), self.eps, self.planes, self.scales, self.zeros, self.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The kernels' product."""
+        return self.results(x)[0]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """What the kernels are to return beside the product."""
+        return x + self._others(x)[0]
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The product in float64."""
+        h, norm = self.sum(x).double(), self._others(x)[1].double()
+        return super().reference(h / torch.sqrt(h.pow(2).mean(-1, keepdim=True) + self.eps) * norm)
+
+
+class GatedNormedLayer(NormedLayer, GatedLayer):
+    """The same of two layers, gated."""
 
 
 def problem_of(layer: dict[str, Any], M: int) -> Problem:
@@ -299,6 +333,36 @@ def check_gated(checks: Checks) -> None:
         gated, x = GatedLayer(**options), tokens(M, options["K"], options["dtype"]) * 0.3
         checks.close(gated, x, f"gated {options} {M=}")
         checks.expect(torch.equal(gated(x), gated(x)), f"gated, same bits again {options} {M=}")
+
+
+def normed_cases() -> Iterator[tuple[dict[str, Any], int]]:
+    """(layer options, M) of layers whose input is normed: every width, and every kind of tile that models get."""
+    shapes = [(98, 128), (1536, 576), (6144, 4096), (28672, 512), (4096, 8192), (7168, 5120)]
+    ways = itertools.cycle(itertools.product((False, True), ((False, "round"), (True, "round"), (True, "prefix"))))
+    for (N, K), M, bits, dtype in itertools.product(shapes, (1, 2, 3, 16, 70), range(2, 9), DTYPES):
+        zeros, (resident, rule) = next(ways)
+        layer = {"N": N, "K": K, "bits": bits, "dtype": dtype, "group_size": 64, "zeros": zeros, "resident": resident}
+        yield {**layer, "rule": rule, "bias": bits % 2 == 0}, M
+    for (N, K), M, bits in itertools.product(
+        [(7168, 5120), (6144, 2560), (28672, 4096), (9728, 8192)], (1, 2), range(2, 9)
+    ):
+        yield {"N": N, "K": K, "bits": bits, "dtype": "bfloat16"}, M
+
+
+def check_normed(checks: Checks) -> None:
+    """Layers of RMSNorm of a sum, by a kernel that norms its input or after norm.cu; some of them gated."""
+    cases = [(kind, *case) for kind in (NormedLayer, GatedNormedLayer) for case in normed_cases()]
+    cases = [case for case in cases if case[0] is NormedLayer or case[1]["N"] % 64 == 0]
+    warmup([replace(problem_of(o, M), gated=kind is GatedNormedLayer, normed=True) for kind, o, M in cases])
+    for kind, options, M in cases:
+        layer, x = kind(**options), tokens(M, options["K"], options["dtype"])
+        name = f"{kind.__name__} {options} {M=}"
+        checks.close(layer, x, name)
+        y, total = layer.results(x)
+        checks.expect(torch.equal(total, layer.sum(x)), f"sum, {name}")
+        checks.expect(torch.equal(y, layer(x)), f"same bits again, {name}")
+        x[-1] *= 1e-3  # a token's result does not depend on what the others hold
+        checks.expect(torch.equal(y[:-1], layer(x)[:-1]), f"other tokens, {name}")
 
 
 def check_older_gpus(checks: Checks) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from kernel_checks import Checks, GatedLayer, Layer, tokens
+from kernel_checks import Checks, GatedLayer, GatedNormedLayer, Layer, NormedLayer, tokens
 
 from matgptq.kernels import launch, matmul
 from matgptq.kernels.hopper import HopperConfig
@@ -70,6 +70,20 @@ GATED = [  # few.cu, linear.cu by one block and by two of a cluster, a tile that
     (4, 20, 14336, 256, 128, False, False),
     (2, 60, 14336, 256, 128, False, True),
     (4, 180, 9728, 512, 128, False, False),
+]
+
+NORMED = [  # few.cu by one block and by four of a cluster, several chunks of x; norm.cu before linear.cu and hopper.cu
+    (2, 1, 7000, 4096, 128, False, False),
+    (4, 2, 320, 1168, -1, False, True),
+    (2, 1, 17000, 1024, 128, False, False),
+    (3, 1, 4500, 8192, 64, False, True),
+    (4, 6, 192, 1024, 128, False, False),
+    (4, 30, 320, 656, 16, True, False),
+]
+GATED_NORMED = [
+    (2, 1, 14336, 1024, 128, False, False),
+    (4, 2, 320, 4096, 64, False, True),
+    (8, 20, 192, 1024, 128, False, False),
 ]
 
 SHARE_K, PAIR, LONG = {"stream_k": True}, {"pair": True}, {"long_turns": True}
@@ -132,6 +146,8 @@ def main() -> None:
     cases: list[tuple[type[Layer], tuple[Any, ...], AnyConfig | None]] = [(Layer, case, None) for case in CASES]
     cases += [(GatedLayer, case, None) for case in GATED]
     cases += [(GatedLayer if tile.gated else Layer, case, tile) for case, tile in TILES]
+    cases += [(NormedLayer, case, None) for case in NORMED]
+    cases += [(GatedNormedLayer, case, None) for case in GATED_NORMED]
     for kind, case, tile in cases[options.skip :]:
         matmul.bind.cache_clear()  # a case before may be the same problem, by the tile that `choose` takes
         chosen = mock.patch.object(matmul, "choose", return_value=tile) if tile else contextlib.nullcontext()

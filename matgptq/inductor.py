@@ -1,9 +1,9 @@
 """What Inductor, torch.compile's compiler, is told about a decoding step (`matgptq.decode`).
 
 Layers that share an input become one call (`join_linears`): q, k and v; gate and up. So does what follows gate and up,
-``silu(gate) * up`` (`gate_linears`). From compute capability 9 on, generated kernels overlap with ours
-(`matgptq.overlap`). That is right because every kernel waits for the end of the one before it, which has waited too,
-before it lets the next one start:
+``silu(gate) * up`` (`gate_linears`), and what comes before, RMSNorm of a sum (`norm_linears`). From compute capability
+9 on, generated kernels overlap with ours (`matgptq.overlap`). That is right because every kernel waits for the end of
+the one before it, which has waited too, before it lets the next one start:
 
 - ours before they read x or write; earlier they read weights, which no kernel writes;
 - generated ones before they touch anything (`overlap.WaitFirst`);
@@ -13,6 +13,7 @@ before it lets the next one start:
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -33,6 +34,7 @@ from . import overlap
 from .kernels.packing import TILE, follows
 
 _ONE, _SEVERAL = torch.ops.matgptq.packed_linear_at.default, torch.ops.matgptq.packed_linears_at.default
+_NORMED = torch.ops.matgptq.normed_linears_at.default
 _aten = torch.ops.aten
 
 PASS_OPTION = "post_grad_custom_pre_pass"  # of torch._inductor.config: what rewrites the graph of ATen ops
@@ -47,12 +49,13 @@ def step_options(device: torch.device) -> dict[str, Any]:
 
 
 class JoinLinears(CustomGraphPass):
-    """`join_linears` and `gate_linears` for Inductor, whose graph of ATen ops has no mutation: a node is one value."""
+    """All three for Inductor, whose graph of ATen ops has no mutation: a node is one value."""
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrite ``graph`` before it is lowered."""
         join_linears(graph)
         gate_linears(graph, gated_call)
+        norm_linears(graph, normed_call)
 
     def uuid(self) -> Any:
         """What compiled code is cached by; torch 2.11 does not ask `overlap.WaitFirst`."""
@@ -68,7 +71,7 @@ def join_linears(graph: fx.Graph) -> None:
     latest: dict[Any, list[fx.Node]] = {}
     runs = []
     for node in graph.find_nodes(op="call_function", target=_ONE):
-        if any(n.op not in ("placeholder", "get_attr") for n in node.all_input_nodes if n is not node.args[0]):
+        if not all(_is_given(n) for n in node.all_input_nodes if n is not node.args[0]):
             continue  # it may not be there yet where the first of the run is
         run = latest.get(_kind(node))
         if run and follows(_planes(run[-1]), _planes(node)):
@@ -163,6 +166,102 @@ def gated_call(node: fx.Node, size: int) -> tuple[Any, ...] | None:
     if node.target is not _SEVERAL or node.args[7] != [size, size] or size % TILE:
         return None
     return *node.args, True
+
+
+Normed = Callable[[fx.Node], tuple[Any, tuple[Any, ...]] | None]
+
+
+def norm_linears(graph: fx.Graph, normed: Normed) -> None:
+    """Make the op of ``rms_norm(x + residual)`` one that takes x and residual, and returns their sum too.
+
+    Args:
+        normed: of a node, the op that does so in its place, and that one's arguments from the fifth on: x, residual,
+            norm and eps come before them. None if there is no such op.
+    """
+    for node in [n for n in graph.nodes if n.op == "call_function" and normed(n) is not None]:
+        z = node.args[0]
+        found = (_norm_of_sum(z) or _vllm_norm(z)) if isinstance(z, fx.Node) and len(z.users) == 1 else None
+        op, layers = normed(node)  # type: ignore[misc]
+        if found is None or not all(_is_given(n) for n in node.all_input_nodes if n is not z):
+            continue  # what it needs may not be there yet where the sum is
+        total, operands = found
+        with graph.inserting_before(total):
+            call = graph.call_function(op, (*operands, *layers))
+            call.meta["val"] = (node.meta["val"], total.meta["val"])
+            for i, output in enumerate((node, total)):
+                value = graph.call_function(operator.getitem, (call, i))
+                value.meta = {**output.meta}
+                output.replace_all_uses_with(value)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def normed_call(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+    """`norm_linears`' argument for `packed_linear_at` and for the calls that `join_linears` and `gate_linears` make."""
+    if node.target is _SEVERAL:
+        return _NORMED, node.args[1:]
+    if node.target is not _ONE:
+        return None
+    _, planes, scales, zeros, bias, width, in_features, out_features, *rest = node.args
+    optional = ([] if v is None else [v] for v in (zeros, bias))
+    return _NORMED, ([planes], scales, *optional, [width], in_features, [out_features], *rest)
+
+
+def _norm_of_sum(z: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None:
+    """The sum, and x, residual, norm and eps, of RMSNorm of a sum as Transformers' layers compute it, in ATen ops."""
+    for norm, rounded in itertools.permutations(_operands(z, _aten.mul.Tensor, 2), 2):
+        scaled = _converted(rounded, torch.float16, torch.bfloat16)
+        for h, root in itertools.permutations(_operands(scaled, _aten.mul.Tensor, 2), 2):
+            (shifted,) = _operands(root, _aten.rsqrt.default, 1) or (None,)
+            mean, eps = _operands(shifted, _aten.add.Tensor, 2) or (None, None)
+            square, *over = _operands(mean, _aten.mean.dim, 3) or (None,)
+            if _operands(square, _aten.pow.Tensor_Scalar, 2) != (h, 2) or over != [[-1], True]:
+                continue
+            total = _converted(h, torch.float32)
+            x, residual = _operands(total, _aten.add.Tensor, 2) or (None, None)
+            if _alike(x, residual, total, z) and _is_weight(norm) and isinstance(eps, float):
+                assert total is not None
+                return total, (x, residual, norm, eps)
+    return None
+
+
+def _vllm_norm(z: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None:
+    """The same of vLLM's own op for that, whose results are z and the sum."""
+    both = _operands(z, operator.getitem, 2)
+    if not both or both[1] != 0 or "vllm_ir::fused_add_rms_norm" not in str(getattr(both[0].target, "_schema", "")):
+        return None
+    x, residual, norm, eps, *size = both[0].args
+    total = next((user for user in both[0].users if user.args[1] == 1), None)
+    if total is None or size not in ([], [None]) or not _is_weight(norm) or not _alike(x, residual, total, z):
+        return None
+    return total, (x, residual, norm, eps)
+
+
+def _operands(node: Any, target: Any, count: int) -> tuple[Any, ...]:
+    """What a node computes from, if it is a call of ``target`` with so many arguments; else nothing."""
+    is_call = isinstance(node, fx.Node) and node.target is target and len(node.args) == count and not node.kwargs
+    return node.args if is_call else ()
+
+
+def _converted(node: Any, *dtypes: torch.dtype) -> fx.Node | None:
+    """What a node of one of these types was converted from."""
+    operands = _operands(node, torch.ops.prims.convert_element_type.default, 2)
+    return operands[0] if operands and operands[1] in dtypes else None
+
+
+def _is_weight(node: Any) -> bool:
+    """Whether a node is a vector that the graph is given."""
+    return isinstance(node, fx.Node) and _is_given(node) and node.meta["val"].dim() == 1
+
+
+def _is_given(node: fx.Node) -> bool:
+    """Whether a node is there before all that the graph computes."""
+    return node.op in ("placeholder", "get_attr")
+
+
+def _alike(*nodes: Any) -> bool:
+    """Whether nodes are tensors of one type and shape."""
+    return len({(n.meta["val"].dtype, n.meta["val"].shape) if isinstance(n, fx.Node) else None for n in nodes}) == 1
 
 
 def _part(node: Any) -> tuple[fx.Node | None, int, int]:

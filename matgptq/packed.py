@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.matmul import warmup as compile_and_load
-from .kernels.op import packed_linear, packed_linear_at
+from .kernels.op import normed_linear, packed_linear, packed_linear_at
 from .kernels.packing import TILE, pack_codes, pack_scales, unpack, unpack_scales
 from .kernels.tiles import Problem
 from .linear import MatGPTQLinear, quantized_layers
@@ -26,7 +26,7 @@ from .slicing import MAX_BITS
 
 logger = logging.getLogger(__name__)
 
-for op in ("packed_linear", "packed_linear_at", "packed_linears_at"):
+for op in ("packed_linear", "packed_linear_at", "packed_linears_at", "normed_linears_at"):
     inference_only(op)
 
 
@@ -98,7 +98,7 @@ class PackedLinear(MatGPTQLinear):
         """Type of the activations."""
         return next(t.dtype for name, t in self.named_buffers() if name.startswith("scales"))
 
-    def problem(self, tokens: int, gated: bool = False) -> Problem:
+    def problem(self, tokens: int, gated: bool = False, normed: bool = False) -> Problem:
         """What the kernels are asked for a call of ``tokens`` tokens, on the GPU that the layer is on."""
         major, minor = torch.cuda.get_device_capability(self.planes.device)
         return Problem(
@@ -113,6 +113,7 @@ class PackedLinear(MatGPTQLinear):
             zeros=self.unit_zeros is not None,
             sm=10 * major + minor,
             gated=gated,
+            normed=normed,
         )
 
     @property
@@ -155,6 +156,29 @@ class PackedLinear(MatGPTQLinear):
             buffers["planes"],  # type: ignore[arg-type]
             buffers[f"scales_{self._bits}" if self._bits in self.own_widths else "scales"],  # type: ignore[arg-type]
             buffers["unit_zeros"],
+            self.bias,
+            in_features=self.in_features,
+            out_features=self.out_features // 2 if gated else self.out_features,
+            bits=self._bits,
+            group_size=self.group_size,
+            rule=self.rule,
+            resident=self.resident,
+            gated=gated,
+        )
+
+    def normed(
+        self, x: Tensor, residual: Tensor, norm: Tensor, eps: float, gated: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` of ``rms_norm(x + residual)``, and the sum (`kernels.op.normed_linear`); x is not permuted."""
+        scales = f"scales_{self._bits}" if self._bits in self.own_widths else "scales"
+        return normed_linear(
+            x,
+            residual,
+            norm,
+            eps,
+            self.planes,
+            self.get_buffer(scales),
+            self.unit_zeros,
             self.bias,
             in_features=self.in_features,
             out_features=self.out_features // 2 if gated else self.out_features,

@@ -73,7 +73,7 @@ class Gpu:
     def launch(self, address, function, arguments, options):
         made = self.configurations[address]
         start = ctypes.c_uint64.from_address(arguments).value
-        params = ctypes.string_at(start, max(launch._PARAMS.size, launch._HOPPER.size))
+        params = ctypes.string_at(start, max(launch._NORMED.size, launch._HOPPER.size))
         clusters = [attribute.value.clusterDim.x for attribute in made.attrs if attribute.id == 4]
         grid = (made.gridDimX, made.gridDimY, made.gridDimZ)
         self.launched.append(dict(self.kernels[function][0])["KERNEL"])
@@ -113,7 +113,11 @@ class Layer:
         self.weight = (levels - zeros) * scales
 
     def reference(self, x):
-        """The result in float64."""
+        """The result in float64; where x is normed, of three tensors and eps: x, residual, norm."""
+        if self.problem.normed:
+            x, residual, norm, eps = x
+            x = (x + residual).double()
+            x = x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + eps) * norm
         y = x.double() @ self.weight.T
         y = y if self.bias is None else y + self.bias.double()
         if self.problem.gated:
@@ -123,14 +127,19 @@ class Layer:
 
     def run(self, gpu, x, config=None):
         """The kernels' result, by the tile that `choose` takes, or by another."""
-        p = self.problem
+        p, rest = self.problem, []
+        if p.normed:
+            x, residual, norm, eps = x
+            self.sum = torch.full_like(x, float("nan"))
+            rest = [residual.clone(), norm.clone(), self.sum]
         operands = [x.clone(), self.planes, self.scales, self.zeros, self.bias]
         _check_operands(*operands, p)
         launcher = make_launcher(p, config or choose(p), 0)
         y = torch.full((p.M, p.N), float("nan"), dtype=x.dtype)
-        for tensor in (*filter(lambda v: v is not None, operands), y):
+        for tensor in (*filter(lambda v: v is not None, operands), y, *rest):
             gpu.tensor(tensor)
-        launcher(0, p.M, *(0 if v is None else v.data_ptr() for v in operands), y.data_ptr())
+        addresses = (0 if v is None else v.data_ptr() for v in (*operands, y, *rest))
+        launcher(0, p.M, *addresses, *([eps] if p.normed else []))
         return y
 
 

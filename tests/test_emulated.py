@@ -14,7 +14,7 @@ from matgptq.kernels.hopper import HopperConfig
 from matgptq.kernels.many import ManyConfig
 from matgptq.kernels.problem import Problem
 from matgptq.kernels.stream import Config, linear_choice
-from matgptq.kernels.tiles import supports
+from matgptq.kernels.tiles import choose, gate_follows, supports
 
 TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3}
 HOLDS = [(False, "round"), (True, "round"), (True, "prefix")]
@@ -78,6 +78,39 @@ def test_the_kernels_of_hopper(gpu, bits):
         if bits % 2 * 4 == M % 8:
             launched |= set(check(gpu, replace(problem, gated=True), bias=True))
     assert launched >= {"linear", "hopper"}
+
+
+def normed_tokens(problem):
+    """x, residual and norm, with a token that is small beside the others, and eps."""
+    x, residual = (tokens(problem, seed) for seed in (1, 2))
+    x[-1] *= 1e-3
+    residual[-1] *= 1e-3
+    return x, residual, tokens(replace(problem, M=1), 3)[0], 1e-5
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_inputs_that_are_normed(gpu, bits):
+    ways = itertools.cycle(itertools.product(TOLERANCE, (False, True), HOLDS, (-1, 64, 128)))
+    for _ in range(5 * bits):
+        next(ways)
+    for M, N, sm, gated in [
+        (1, 200, 90, False),
+        (2, 128, 90, True),
+        (2, 98, 80, False),
+        (5, 128, 90, True),
+        (20, 98, 90, False),
+    ]:
+        dtype, zeros, (resident, rule), group_size = next(ways)
+        problem = Problem(M, N, 1152, bits, dtype, group_size, resident, rule, zeros, sm, gated, normed=True)
+        gpu.launched = []
+        layer, x = Layer(problem, bias=bits % 2 == 0), normed_tokens(problem)
+        y, want = layer.run(gpu, x).double(), layer.reference(x)
+        assert float((y - want).norm() / want.norm()) <= TOLERANCE[dtype], problem
+        assert torch.equal(layer.sum, x[0] + x[1])
+        own = len(gpu.launched) == 1 + gate_follows(problem, choose(problem))
+        assert gpu.launched[0] == ("few" if own else "norm"), problem
+        few = M <= 2 and choose(replace(problem, normed=False)).few
+        assert own == (few and not zeros and (M == 1 or problem.planes <= 6))
 
 
 # Tiles that `choose` takes for large layers: row tiles, words, tokens, k groups, blocks an SM, blocks of a cluster.

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +16,8 @@ import torch
 import matgptq
 from matgptq.kernels.hopper import HopperConfig
 from matgptq.kernels.many import ManyConfig
-from matgptq.kernels.tiles import Problem, can_implement, choose, defines, supports
+from matgptq.kernels.stream import Config
+from matgptq.kernels.tiles import Norm, Problem, can_implement, choose, defines, kernels, supports
 from matgptq.quantizer.pipeline import quantize
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -93,7 +94,7 @@ def test_a_command_that_fails_is_a_part_that_fails(gpu_check):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
 @pytest.mark.parametrize(
-    "script", ["gpu_check.py", "sanitize.py", "generate_check.py", "sweep_tiles.py", "gated_tiles.py"]
+    "script", ["gpu_check.py", "sanitize.py", "generate_check.py", "sweep_tiles.py", "gated_tiles.py", "chain_tiles.py"]
 )
 def test_without_a_gpu_it_says_so(script):
     arguments = {
@@ -225,9 +226,10 @@ def test_the_sanitizers_cases_can_be_computed(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import sanitize
 
-    def problem(case, gated, sm=90):
+    def problem(case, gated, sm=90, normed=False):
         bits, M, N, K, group_size, zeros, resident = case
-        return Problem(M, N, K, bits, "float16", group_size, resident, zeros=zeros, sm=sm, gated=gated)
+        kind = {"zeros": zeros, "sm": sm, "gated": gated, "normed": normed}
+        return Problem(M, N, K, bits, "float16", group_size, resident, **kind)
 
     tiles = [(case, tile.gated, tile) for case, tile in sanitize.TILES]
     chosen = [(case, gated, None) for gated, cases in enumerate((sanitize.CASES, sanitize.GATED)) for case in cases]
@@ -235,3 +237,33 @@ def test_the_sanitizers_cases_can_be_computed(monkeypatch):
         asked = problem(case, bool(gated), 80 if isinstance(tile, ManyConfig) else 90)
         assert can_implement(asked) == (True, ""), case
         assert supports(tile or choose(asked), asked if tile is None or tile.gated else asked.layer), (case, tile)
+    kinds = [
+        kernels(asked, choose(asked))
+        for gated, cases in enumerate((sanitize.NORMED, sanitize.GATED_NORMED))
+        for asked in (problem(case, bool(gated), normed=True) for case in cases)
+    ]
+    own = [tile for tile, *_ in kinds if isinstance(tile, Config)]
+    assert {(tile.gated, tile.splits) for tile in own} >= {(False, 1), (False, 4), (True, 2)}
+    after_norm = [tiles[1] for tiles in kinds if isinstance(tiles[0], Norm)]
+    assert {type(tile) for tile in after_norm} == {Config, HopperConfig}
+
+
+def test_every_kind_of_normed_tile_is_checked(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import chain_tiles
+    import kernel_checks
+
+    def kinds(problems):
+        tiles = map(choose, problems)
+        return {replace(tile, chunk_tiles=0) for tile in tiles if isinstance(tile, Config) and tile.normed}
+
+    checked = kinds(
+        Problem(M, gated=gated, normed=True, **{name: value for name, value in options.items() if name != "bias"})
+        for options, M in kernel_checks.normed_cases()
+        for gated in (False, True)
+        if not gated or options["N"] % 64 == 0
+    )
+    models = itertools.product(chain_tiles.MODELS, (1, 2), (2, 3, 4, 6, 8))
+    asked = kinds(p for model in models for p in chain_tiles.problems_of(*model).values() if p.normed)
+    assert len(asked) > 10
+    assert asked <= checked, asked - checked

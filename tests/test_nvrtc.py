@@ -11,7 +11,7 @@ from matgptq.kernels.hopper import HopperConfig
 from matgptq.kernels.many import ManyConfig
 from matgptq.kernels.problem import Problem
 from matgptq.kernels.stream import few_choice, linear_choice
-from matgptq.kernels.tiles import Gate, architecture, choose, defines, gate_follows
+from matgptq.kernels.tiles import Gate, architecture, choose, defines, gate_follows, kernels
 
 SHAPES = [(2048, 2048), (8192, 8192), (28672, 4096), (16384, 16384)]
 # All shapes where the tiles were measured, one elsewhere: about 1600 variants at 0.2 s each.
@@ -105,6 +105,20 @@ def test_gated_variants_compile_without_spills(arch, compilers):
         kernel = Gate() if gate_follows(problem, config) else config
         variants.setdefault((tuple(defines(problem, kernel).items()), architecture(problem, kernel)), problem)
     assert len(variants) > 25
+    check_logs(variants, compilers)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_normed_variants_compile_without_spills(arch, compilers):
+    sm, _ = ARCHITECTURES[arch]
+    variants = {}
+    for bits, M, (N, K), dtype, kind, gated in itertools.product(
+        (2, 3, 4, 8), (1, 2), ((6144, 4096), (14336, 4096)), ("float16", "bfloat16"), KINDS, (False, True)
+    ):
+        problem = Problem(M, N, K, bits, dtype, sm=sm, gated=gated, normed=True, **kind)
+        kernel = kernels(problem, choose(problem))[0]
+        variants.setdefault((tuple(defines(problem, kernel).items()), architecture(problem, kernel)), problem)
+    assert len(variants) > 10
     check_logs(variants, compilers)
 
 

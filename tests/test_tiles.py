@@ -15,7 +15,7 @@ from matgptq.kernels.many import ManyConfig
 from matgptq.kernels.matmul import bucket, buckets
 from matgptq.kernels.problem import Problem, can_implement
 from matgptq.kernels.stream import Config, few_choice, fits, grid, inbox_offset, linear_choice, shared_bytes
-from matgptq.kernels.tiles import Gate, architecture, choose, defines, gate_follows, supports
+from matgptq.kernels.tiles import Gate, Norm, architecture, choose, defines, gate_follows, kernels, supports
 
 SHAPES = [
     (1, 16),
@@ -84,6 +84,29 @@ def test_gated_problems_are_covered(sm):
     assert [tile.stream_k for tile in tiles] == [False, False, True, False]
     assert gate_follows(Problem(1, 12288, 4096, 8, gated=True), choose(Problem(1, 12288, 4096, 8, gated=True)))
     assert defines(Problem(1, 64, 64, 4, "bfloat16", gated=True), Gate()) == {"KERNEL": "gate", "FORMAT": "BFloat"}
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+def test_normed_problems_are_covered(sm):
+    norms = 0
+    shapes = [(98, 16), (1536, 576), (7168, 5120), (28672, 8192), (4096, 14336)]
+    for (N, K), bits, M, (group_size, zeros), gated in itertools.product(
+        shapes, range(2, 9), (1, 2, 3, 40), ((-1, False), (16, True)), (False, True)
+    ):
+        if gated and N % 64:
+            continue
+        problem = Problem(M, N, K, bits, "bfloat16", group_size, zeros=zeros, sm=sm, gated=gated, normed=True)
+        config = choose(problem)
+        own = isinstance(config, Config) and config.normed
+        assert not own or (config.few and not zeros and fits(config, problem))
+        assert [type(kernel) for kernel in kernels(problem, config)] == [
+            *([] if own else [Norm]),
+            type(config),
+            *([Gate] if gated and not config.gated else []),
+        ]
+        norms += not own
+    assert 300 < norms < 450  # of 504
+    assert defines(Problem(1, 64, 64, 4, "bfloat16", normed=True), Norm()) == {"KERNEL": "norm", "FORMAT": "BFloat"}
 
 
 @pytest.mark.parametrize("sm", [80, 86, 89, 100, 120])

@@ -254,7 +254,7 @@ def test_gate_and_up_are_one_call_with_what_follows_them(gated, monkeypatch):
         return SiluAndMul.forward_native(y if gated else y.flip(-1))
 
     x = torch.randn(5, COLUMNS).bfloat16()
-    passes = {"post_grad_custom_pre_pass": vllm_matgptq.linear.GateLinears()}
+    passes = {"post_grad_custom_pre_pass": vllm_matgptq.linear.FuseLinears()}
     with fresh_cache():
         got = torch.compile(forward, fullgraph=True, dynamic=True, options=passes)(x)
     assert len(calls) == gated
@@ -281,7 +281,7 @@ def test_what_the_compiler_is_told(monkeypatch):
         vllm_matgptq.linear.set_compile_options(config)
         found = config.compilation_config.inductor_compile_config
         assert config.compilation_config.compute_hash() != before
-        assert isinstance(found["post_grad_custom_pre_pass"], vllm_matgptq.linear.GateLinears)
+        assert isinstance(found["post_grad_custom_pre_pass"], vllm_matgptq.linear.FuseLinears)
         return {name: found.get(name) for name in ("triton.enable_pdl", "_post_fusion_custom_pass")}
 
     nothing = {"triton.enable_pdl": None, "_post_fusion_custom_pass": None}

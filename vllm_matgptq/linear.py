@@ -28,7 +28,7 @@ from vllm.platforms import current_platform
 
 from matgptq import inductor
 from matgptq.kernels.matmul import buckets, warmup
-from matgptq.kernels.op import silu_and_mul
+from matgptq.kernels.op import add_rms_norm, silu_and_mul
 from matgptq.kernels.packing import TILE
 from matgptq.kernels.tiles import can_implement
 from matgptq.linear import MatGPTQLinear
@@ -48,6 +48,11 @@ library = torch.library.Library("vllm_matgptq", "DEF")
 library.define(
     "linear(Tensor x, Tensor key, int out_features, bool gated=False) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
+library.define(
+    "normed_linear(Tensor x, Tensor residual, Tensor norm, float eps, Tensor key, int out_features, bool gated=False) "
+    "-> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 _served: WeakValueDictionary[int, FusedLinear] = WeakValueDictionary()  # by the address of the layer's key
 
 
@@ -60,16 +65,31 @@ def _linear_fake(x: Tensor, key: Tensor, out_features: int, gated: bool = False)
     return x.new_empty(*x.shape[:-1], out_features)
 
 
+def _normed_linear(
+    x: Tensor, residual: Tensor, norm: Tensor, eps: float, key: Tensor, out_features: int, gated: bool = False
+) -> tuple[Tensor, Tensor]:
+    return _served[key.data_ptr()].normed(x, residual, norm, eps, gated)
+
+
+def _normed_linear_fake(
+    x: Tensor, residual: Tensor, norm: Tensor, eps: float, key: Tensor, out_features: int, gated: bool = False
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*x.shape[:-1], out_features), torch.empty_like(x)
+
+
 library.impl("linear", _linear, "CompositeExplicitAutograd")
 torch.library.register_fake("vllm_matgptq::linear", _linear_fake, lib=library)
+library.impl("normed_linear", _normed_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("vllm_matgptq::normed_linear", _normed_linear_fake, lib=library)
 
 
-class GateLinears(CustomGraphPass):
-    """`matgptq.inductor.gate_linears` of ``vllm_matgptq::linear``."""
+class FuseLinears(CustomGraphPass):
+    """`matgptq.inductor.gate_linears` and `norm_linears` of ``vllm_matgptq::linear``."""
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrite ``graph`` before it is lowered."""
         inductor.gate_linears(graph, _gated_call)
+        inductor.norm_linears(graph, _normed_call)
 
     def uuid(self) -> Any:
         """What compiled code is cached by."""
@@ -78,6 +98,11 @@ class GateLinears(CustomGraphPass):
 
 def _gated_call(node: fx.Node, size: int) -> tuple[Any, ...] | None:
     return (*node.args[:2], size, True) if node.target is torch.ops.vllm_matgptq.linear.default else None
+
+
+def _normed_call(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+    is_ours = node.target is torch.ops.vllm_matgptq.linear.default
+    return (torch.ops.vllm_matgptq.normed_linear.default, node.args[1:]) if is_ours else None
 
 
 class FusedLinear(nn.Module):
@@ -127,6 +152,14 @@ class FusedLinear(nn.Module):
         """``silu(first) * second`` of two layers of one size: one call, where they are one."""
         return self.runs[0](x, gated=True) if self._gates() else silu_and_mul(self(x))
 
+    def normed(self, x: Tensor, residual: Tensor, norm: Tensor, eps: float, gated: bool) -> tuple[Tensor, Tensor]:
+        """`gated`, or `forward`, of ``rms_norm(x + residual)`` (`matgptq.kernels.op.add_rms_norm`), and the sum."""
+        run = self.runs[0]
+        if len(self.runs) == 1 and isinstance(run, PackedLinear) and run.perm is None and (self._gates() or not gated):
+            return run.normed(x, residual, norm, eps, gated)
+        z, total = add_rms_norm(x, residual, norm, eps)
+        return (self.gated(z) if gated else self(z)), total
+
     def _gates(self) -> bool:
         """Whether the kernels compute `gated` as one."""
         run = self.runs[0]
@@ -154,8 +187,10 @@ class FusedLinear(nn.Module):
     def warm_up(self, tokens: Iterable[int]) -> None:
         """Compile and load the kernels for these numbers of tokens."""
         runs = [run for run in self.runs if isinstance(run, PackedLinear) and run.planes.is_cuda]
-        kinds = (False, True) if self._gates() else (False,)
-        problems = {run.problem(m, gated) for run in runs for m in tokens for gated in kinds} - _warm
+        gates = (False, True) if self._gates() else (False,)
+        norms = (False, True) if len(self.runs) == 1 else (False,)
+        kinds = list(itertools.product(tokens, gates, norms))
+        problems = {run.problem(*kind) for run in runs for kind in kinds} - _warm
         if problems:
             warmup(problems, runs[0].planes.device)
             _warm.update(problems)
@@ -361,7 +396,7 @@ def set_compile_options(vllm_config: Any) -> None:
     Options that the user has set stay.
     """
     options: dict[str, Any] = vllm_config.compilation_config.inductor_compile_config
-    options.setdefault(inductor.PASS_OPTION, GateLinears())
+    options.setdefault(inductor.PASS_OPTION, FuseLinears())
     if not current_platform.is_cuda() or torch.cuda.get_device_capability()[0] < 9:
         return
     if OPTION not in options and SCHEDULER_OPTION not in options:

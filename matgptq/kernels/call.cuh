@@ -44,6 +44,11 @@ struct Params {
   int inbox;               // where in shared memory the blocks of a cluster leave partial sums for one another, and a barrier
   int share_bits;          // each block of a cluster finishes 2^share_bits times 4 outputs
   float shift;             // SHIFT 1, 2: added to each decoded level - 128
+  // NORMED:
+  const uint16_t* residual;  // (M, K), 16-byte aligned
+  const uint16_t* norm;      // (K,), 16-byte aligned
+  uint16_t* sum;             // (M, K): x + residual
+  float eps;
 };
 
 // Weights are read once and pass the L1 by; scales, which neighbouring k tiles share, stay in it.

@@ -4,7 +4,8 @@ import ctypes
 import os
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,11 +16,13 @@ from .hopper import HopperConfig
 from .many import ManyConfig
 from .problem import TILE, Problem
 from .stream import Config, grid, inbox_offset, share_bits, shared_bytes
-from .tiles import AnyConfig, Gate, architecture, defines, gate_follows
+from .tiles import AnyConfig, Gate, Norm, architecture, defines, gate_follows, kernels, norm_precedes
 
 _PARAMS = struct.Struct("6Q11if")  # call.cuh, Params
+_NORMED = struct.Struct(_PARAMS.format + "3Qf4x")  # the same, NORMED
 _HOPPER = struct.Struct("128s5Q10ifi2Q3i12x")  # hopper.cu, Params
 _GATE = struct.Struct("6Q2i")  # gate.cu, Params
+_NORM = struct.Struct("6Q2if4x")  # norm.cu, Params
 _MANY_MAPS = 1024  # tensor maps that a launcher keeps
 _TICKET = int.from_bytes(os.urandom(8), "little") | 1  # hopper.cu, Params: a number that memory does not hold by chance
 _UNSPLIT = (0, 0, 0, 0)  # call.cuh, Params, of blocks that take all of k
@@ -33,7 +36,10 @@ class LaunchError(RuntimeError):
 
 
 def make_launcher(problem: Problem, config: AnyConfig, device: int, programmatic: bool = True) -> "Launcher":
-    """The launcher of a tile's kernel; of two, where only the problem is gated."""
+    """The launcher of a tile's kernel; of more, where only the problem is gated or normed."""
+    if norm_precedes(problem, config):
+        layer = make_launcher(replace(problem, normed=False), config, device, programmatic)
+        return NormLauncher(layer, problem, device, programmatic)
     if gate_follows(problem, config):
         return GateLauncher(make_launcher(problem.layer, config, device, programmatic), problem, device, programmatic)
     if isinstance(config, HopperConfig):
@@ -47,8 +53,7 @@ def compile_tiles(tiles: Iterable[tuple[Problem, AnyConfig]]) -> int:
     """Compiles in parallel what kernels of ``tiles`` the cache does not hold yet; returns how many kernels they are."""
     variants = set()
     for p, c in tiles:
-        kernels = (c, Gate()) if gate_follows(p, c) else (c,)
-        variants |= {(tuple(defines(p, kernel).items()), architecture(p, kernel)) for kernel in kernels}
+        variants |= {(tuple(defines(p, kernel).items()), architecture(p, kernel)) for kernel in kernels(p, c)}
     nvrtc.load_cubins((dict(macros), arch) for macros, arch in sorted(variants))
     return len(variants)
 
@@ -56,17 +61,19 @@ def compile_tiles(tiles: Iterable[tuple[Problem, AnyConfig]]) -> int:
 class Launcher:
     """One problem's kernel on one device, for at most ``problem.M`` tokens; for any number if that fills a tile."""
 
-    _pack = _PARAMS.pack_into
+    _pack: Callable[..., None] = _PARAMS.pack_into
 
     def __init__(self, problem: Problem, config: Config, device: int, programmatic: bool = True):
         self._prepare(problem, config, shared_bytes(problem, config), device, programmatic)
         inbox = (inbox_offset(problem, config), share_bits(problem, config))
         splits = (config.split_tiles(problem), config.chunk_tiles, *inbox)
+        if config.normed:
+            self._pack = _NORMED.pack_into
         self._constants = (*_sizes(problem), *splits, _shift(problem))
         self._splits, _, self._row_blocks = grid(problem, config)
 
     def _prepare(
-        self, problem: Problem, config: AnyConfig | Gate, shared: int, device: int, programmatic: bool
+        self, problem: Problem, config: AnyConfig | Gate | Norm, shared: int, device: int, programmatic: bool
     ) -> None:
         driver = _driver()
         self.problem, self._shared = problem, shared
@@ -93,9 +100,12 @@ class Launcher:
         self._launch = _launch_function()
 
     def __call__(
-        self, stream: int, M: int, x: Any, planes: int, scales: int, zeros: int, bias: int, y: int, *rest: int
+        self, stream: int, M: int, x: Any, planes: int, scales: int, zeros: int, bias: int, y: int, *rest: float
     ) -> None:
-        """Launches on ``stream``; from x to y they are device addresses, 0 for none; ``rest`` ends the Params."""
+        """Launches on ``stream``; from x to y they are device addresses, 0 for none; ``rest`` ends the Params.
+
+        For a normed problem that is the addresses of residual, norm and sum, and eps (norm.cuh).
+        """
         token_blocks = -(-M // self._tokens)
         launch = self._launches.get((stream, token_blocks)) or self._configure(stream, token_blocks)
         try:
@@ -138,7 +148,7 @@ class HopperLauncher(Launcher):
         self._shares: dict[int, hopper.Shares] = {}  # by token blocks
 
     def __call__(
-        self, stream: int, M: int, x: Any, planes: int, scales: int, zeros: int, bias: int, y: int, *_: int
+        self, stream: int, M: int, x: Any, planes: int, scales: int, zeros: int, bias: int, y: int, *_: float
     ) -> None:
         """Launches on ``stream``, the current one; from x to y they are device addresses, 0 for none."""
         tensor_map = self._maps.get((x, M))
@@ -190,16 +200,39 @@ class GateLauncher(Launcher):
         self._constants = (problem.N,)
 
     def __call__(
-        self, stream: int, M: int, x: Any, planes: int, scales: int, zeros: int, bias: int, y: int, *_: int
+        self, stream: int, M: int, x: Any, planes: int, scales: int, zeros: int, bias: int, y: int, *rest: float
     ) -> None:
         """Launches on ``stream``, the current one; from x to y they are device addresses, 0 for none."""
         outputs = _room(4 * M * self.problem.N, self._device)
-        self._layer(stream, M, x, planes, scales, zeros, bias, outputs.data_ptr())
+        self._layer(stream, M, x, planes, scales, zeros, bias, outputs.data_ptr(), *rest)
         super().__call__(stream, M, outputs.data_ptr(), 0, 0, 0, 0, y)
 
     def _blocks(self, token_blocks: int) -> tuple[int, int, int]:
         outputs = token_blocks * self._tokens * self.problem.N
         return -(-outputs // (8 * self._threads)), 1, 1
+
+
+class NormLauncher(Launcher):
+    """norm.cu, and the kernel of a layer, gated or not, after it."""
+
+    _pack = _NORM.pack_into
+
+    def __init__(self, layer: Launcher, problem: Problem, device: int, programmatic: bool = True):
+        self._prepare(problem, Norm(), Norm().threads // 8, device, programmatic)
+        self._layer, self._device = layer, device
+        self._constants = (problem.K,)
+
+    def __call__(
+        self, stream: int, M: int, x: Any, planes: int, scales: int, zeros: int, bias: int, y: int, *rest: float
+    ) -> None:
+        """Launches on ``stream``, the current one, as `Launcher`."""
+        residual, norm, total, eps = rest
+        z = _room(2 * M * self.problem.K, self._device)
+        super().__call__(stream, M, x, int(residual), int(norm), 0, int(total), z.data_ptr(), eps)
+        self._layer(stream, M, z.data_ptr(), planes, scales, zeros, bias, y)
+
+    def _blocks(self, token_blocks: int) -> tuple[int, int, int]:
+        return token_blocks, 1, 1
 
 
 def _room(size: int, device: int) -> torch.Tensor:
@@ -239,8 +272,9 @@ def _load(macros: tuple[tuple[str, str], ...], arch: str, device: int) -> Any:
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # the context exists
         module = _check(_driver().cuModuleLoadData(cubin))
-        name = b"matgptq_gate" if dict(macros)["KERNEL"] == "gate" else b"matgptq_linear"
-        return _check(_driver().cuModuleGetFunction(module, name))
+        source = dict(macros)["KERNEL"]
+        name = f"matgptq_{source if source in ('gate', 'norm') else 'linear'}"
+        return _check(_driver().cuModuleGetFunction(module, name.encode()))
 
 
 def _shared_of(function: Any) -> int:
@@ -281,7 +315,7 @@ def _tensor_map(x: int, M: int, K: int, tokens: int) -> bytes:
 
 def _params() -> tuple[ctypes.Array[ctypes.c_char], int]:
     """A buffer for Params, and the address of the argument list that points to it (kept behind it)."""
-    size = max(_PARAMS.size, _HOPPER.size)
+    size = max(_NORMED.size, _HOPPER.size)
     buffer = ctypes.create_string_buffer(size + 8)
     start = ctypes.addressof(buffer)
     struct.pack_into("Q", buffer, size, start)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -69,8 +70,8 @@ class BoundMatmul:
         self, bits: int, group_size: int, in_features: int, out_features: int, rule: str, resident: bool, gated: bool
     ):
         self._constants = (out_features, in_features, bits, group_size, rule, resident, gated)
-        self._launchers: dict[tuple[int, torch.dtype, bool, int], Launcher] = {}
-        self._plans: dict[tuple[torch.Size, torch.dtype, bool, int], Plan] = {}
+        self._launchers: dict[tuple[int, torch.dtype, bool, int, bool], Launcher] = {}
+        self._plans: dict[tuple[Any, ...], Plan] = {}  # by shape, dtype, zeros and device of a call
 
     def __call__(
         self,
@@ -108,24 +109,54 @@ class BoundMatmul:
             launcher(torch._C._cuda_getCurrentRawStream(index), M, start, *operands, y.data_ptr())
         return y
 
-    def _plan(self, shape: torch.Size, dtype: torch.dtype, zeros: bool, index: int) -> Plan:
+    def normed(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        planes: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`matmul` of ``rms_norm(x + residual)`` (`add_rms_norm`), and the sum.
+
+        For one or two tokens the kernel makes its input itself, mostly, and does not round it to x's dtype.
+        """
+        key = (x.shape, x.dtype, zeros is not None, x.get_device(), True)
+        M, shape, strides, launcher = self._plans.get(key) or self._plan(*key)
+        _check_norm(x, residual, norm, eps)
+        _check_operands(x, planes, scales, zeros, bias, launcher.problem)
+        x, residual, norm = (_readable(v) for v in (x, residual, norm))
+        with torch.cuda.device(key[3]):
+            y, total = _empty(shape, strides, x.dtype), torch.empty_like(x)
+            if M:
+                addresses = (0 if v is None else v.data_ptr() for v in (x, planes, scales, zeros, bias, y))
+                rest = (residual.data_ptr(), norm.data_ptr(), total.data_ptr(), eps)
+                launcher(torch._C._cuda_getCurrentRawStream(key[3]), M, *addresses, *rest)
+        return y, total
+
+    def _plan(self, shape: torch.Size, dtype: torch.dtype, zeros: bool, index: int, normed: bool = False) -> Plan:
         N, K, *_ = self._constants
         if not shape or shape[-1] != K:
             raise ValueError(f"x must have in_features {K} columns, got shape {tuple(shape)}")
         M = shape[:-1].numel()
         y = torch.empty((*shape[:-1], N), device="meta")
-        plan = M, tuple(y.shape), y.stride(), self.load(bucket(M), dtype, zeros, index)
+        plan = M, tuple(y.shape), y.stride(), self.load(bucket(M), dtype, zeros, index, normed)
         if len(self._plans) >= _MANY:
             self._plans.clear()
-        self._plans[(shape, dtype, zeros, index)] = plan
+        self._plans[(shape, dtype, zeros, index, True) if normed else (shape, dtype, zeros, index)] = plan
         return plan
 
-    def load(self, M: int, dtype: torch.dtype, zeros: bool, index: int) -> Launcher:
+    def load(self, M: int, dtype: torch.dtype, zeros: bool, index: int, normed: bool = False) -> Launcher:
         """Compile and load the kernel for ``M`` tokens, a `bucket`, on the device ``index``."""
-        key = (M, dtype, zeros, index)
+        key = (M, dtype, zeros, index, normed)
         if key not in self._launchers:
             N, K, bits, group_size, rule, resident, gated = self._constants
-            self._launchers[key] = _launcher(M, N, K, bits, dtype, group_size, rule, resident, zeros, gated, index)
+            self._launchers[key] = _launcher(
+                M, N, K, bits, dtype, group_size, rule, resident, zeros, gated, index, normed
+            )
         return self._launchers[key]
 
 
@@ -152,7 +183,7 @@ def warmup(problems: Iterable[Problem], device: torch.device | str | int = "cuda
     names = {name: dtype for dtype, name in _DTYPES.items()}
     for p in problems:
         call = bind(p.bits, p.group_size, p.K, p.N, p.rule, p.resident, p.gated)
-        call.load(p.M, names[p.dtype], p.zeros, index)
+        call.load(p.M, names[p.dtype], p.zeros, index, p.normed)
 
 
 def buckets(most: int) -> list[int]:
@@ -180,16 +211,34 @@ def _launcher(
     zeros: bool,
     gated: bool,
     index: int,
+    normed: bool = False,
 ) -> Launcher:
     if index < 0:
         raise ValueError("x must be on a CUDA device, got the CPU")
     major, minor = torch.cuda.get_device_capability(index)
     name = _DTYPES.get(dtype, str(dtype))
-    problem = Problem(max(M, 1), N, K, bits, name, group_size, resident, rule, zeros, 10 * major + minor, gated)
+    sm = 10 * major + minor
+    problem = Problem(max(M, 1), N, K, bits, name, group_size, resident, rule, zeros, sm, gated, normed)
     able, reason = can_implement(problem)
     if not able:
         raise ValueError(reason)
     return make_launcher(problem, choose(problem), index)
+
+
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy that is contiguous and starts at a multiple of 16 bytes."""
+    aligned = tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+    return tensor if aligned else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _check_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, eps: float) -> None:
+    """Raises what is wrong with what is added and the norm, if anything."""
+    for name, tensor, shape in (("residual", residual, x.shape), ("norm", norm, x.shape[-1:])):
+        if tensor.dtype != x.dtype or tensor.shape != shape or tensor.device != x.device:
+            got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"{name} must be {x.dtype} {tuple(shape)} on {x.device}, got {got}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
 
 
 def _check_operands(

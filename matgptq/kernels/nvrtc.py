@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 _FOLDER = Path(__file__).parent
-_HEADERS = tuple(_FOLDER / f"{name}.cuh" for name in ("decode", "call", "stream", "hopper"))
+_HEADERS = tuple(_FOLDER / f"{name}.cuh" for name in ("decode", "call", "norm", "stream", "hopper"))
 _OPTIONS = ("--std=c++17", "--ptxas-options=-v")
 
 

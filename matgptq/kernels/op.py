@@ -1,12 +1,13 @@
 """``torch.ops.matgptq.packed_linear``: the layer in the kernels' layout, by the kernels or, on a CPU, by unpacking.
 
 ``packed_linear_at`` is the same with the width in a tensor, for compiled code that serves all widths;
-``packed_linears_at`` is several of these that share ``x``.
+``packed_linears_at`` is several of these that share ``x``; ``normed_linears_at`` is that of ``rms_norm(x + residual)``.
 """
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,12 @@ from .packing import TILE, follows, joined, unpack, unpack_scales
 library.define(
     "packed_linear(Tensor x, Tensor planes, Tensor scales, Tensor? zeros, Tensor? bias, int in_features, "
     "int out_features, int bits, int group_size, str rule, bool resident, bool gated=False) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
+    "normed_linears_at(Tensor x, Tensor residual, Tensor norm, float eps, Tensor[] planes, Tensor[] scales, "
+    "Tensor[] zeros, Tensor[] biases, Tensor[] widths, int in_features, int[] out_features, int group_size, str rule, "
+    "bool resident, bool gated=False) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.define(
@@ -193,6 +200,24 @@ def _packed_linears_at(
 
     Where ``gated``, the layers are two of one size, and the result is ``silu(first) * second``.
     """
+    calls = _calls_of(planes, scales, zeros, biases, widths, out_features, gated)
+    kind: dict[str, Any] = {"in_features": in_features, "group_size": group_size, "rule": rule, "resident": resident}
+    outputs = [packed_linear(x, *operands, **kind, **own) for operands, own in calls]  # type: ignore[misc]
+    if gated and not calls[0][1]["gated"]:
+        return silu_and_mul(torch.cat(outputs, -1))  # a width each
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+def _calls_of(
+    planes: list[Tensor],
+    scales: list[Tensor],
+    zeros: list[Tensor],
+    biases: list[Tensor],
+    widths: list[Tensor],
+    out_features: list[int],
+    gated: bool,
+) -> list[tuple[list[Any], dict[str, Any]]]:
+    """Operands of the calls that `_packed_linears_at` makes, and what is each's own; a gated call is of all layers."""
     served = [width.tolist() for width in widths]
     each = len(scales) // len(planes)
     chosen = [scales[i * each + index] for i, (_, index) in enumerate(served)]
@@ -207,25 +232,105 @@ def _packed_linears_at(
 
     starts = [i for i in range(len(planes)) if i == 0 or not is_next(i)]
     as_one = gated and len(starts) == 1
-    outputs = []
+    calls = []
     for start, stop in itertools.pairwise([*starts, len(planes)]):
+        outputs = out_features[0] if as_one else sum(out_features[start:stop])
         parts = [joined(tensors[start:stop]) if tensors else None for tensors in operands]
-        outputs.append(
-            packed_linear(
-                x,
-                *parts,  # type: ignore[arg-type]
-                in_features=in_features,
-                out_features=out_features[0] if as_one else sum(out_features[start:stop]),
-                bits=served[start][0],
-                group_size=group_size,
-                rule=rule,
-                resident=resident,
-                gated=as_one,
-            )
-        )
-    if gated and not as_one:
-        return silu_and_mul(torch.cat(outputs, -1))  # a width each
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+        calls.append((parts, {"out_features": outputs, "bits": served[start][0], "gated": as_one}))
+    return calls
+
+
+def normed_linear(
+    x: Tensor,
+    residual: Tensor,
+    norm: Tensor,
+    eps: float,
+    planes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    in_features: int,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    rule: str = "round",
+    resident: bool = False,
+    gated: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`packed_linear` of ``rms_norm(x + residual)``, and ``x + residual``.
+
+    `add_rms_norm` says what x to eps are, `packed_linear` the rest. On a GPU this is one kernel for one or two tokens
+    where few.cu is chosen; else norm.cu makes the layer's input first.
+    """
+    if x.is_cuda:
+        call = bind(bits, group_size, in_features, out_features, rule, resident, gated)
+        return call.normed(x, residual, norm, eps, planes, scales, zeros, bias)
+    z, total = add_rms_norm(x, residual, norm, eps)
+    y = packed_linear(
+        z,
+        planes,
+        scales,
+        zeros,
+        bias,
+        in_features=in_features,
+        out_features=out_features,
+        bits=bits,
+        group_size=group_size,
+        rule=rule,
+        resident=resident,
+        gated=gated,
+    )
+    return y, total
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm (arXiv 1910.07467) of a sum, and the sum: ``h / sqrt(mean(h^2) + eps) * norm`` of ``h = x + residual``.
+
+    Args:
+        x, residual: ``(..., K)``.
+        norm: ``(K,)``.
+        eps: what is added to the mean of squares.
+
+    Types are those of Transformers' layers: the mean is float32, what is multiplied by ``norm`` rounded to x's type.
+    """
+    total = x + residual
+    h = total.float()
+    return norm * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype), total
+
+
+def _normed_linears_at(
+    x: Tensor,
+    residual: Tensor,
+    norm: Tensor,
+    eps: float,
+    planes: list[Tensor],
+    scales: list[Tensor],
+    zeros: list[Tensor],
+    biases: list[Tensor],
+    widths: list[Tensor],
+    in_features: int,
+    out_features: list[int],
+    group_size: int,
+    rule: str,
+    resident: bool,
+    gated: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`_packed_linears_at` of ``rms_norm(x + residual)``, and the sum."""
+    layers = (planes, scales, zeros, biases, widths)
+    calls = _calls_of(*layers, out_features, gated)
+    if len(calls) > 1:
+        z, total = add_rms_norm(x, residual, norm, eps)
+        return _packed_linears_at(z, *layers, in_features, out_features, group_size, rule, resident, gated), total
+    operands, own = calls[0]
+    kind: dict[str, Any] = {"in_features": in_features, "group_size": group_size, "rule": rule, "resident": resident}
+    return normed_linear(x, residual, norm, eps, *operands, **kind, **own)  # type: ignore[misc]
+
+
+def _normed_linears_at_fake(
+    x: Tensor, residual: Tensor, norm: Tensor, eps: float, *layers: Any
+) -> tuple[Tensor, Tensor]:
+    return _packed_linears_at_fake(x, *layers), torch.empty_like(x)
 
 
 def silu_and_mul(y: Tensor) -> Tensor:
@@ -312,3 +417,5 @@ library.impl("packed_linear_at", _packed_linear_at, "CompositeExplicitAutograd")
 torch.library.register_fake("matgptq::packed_linear_at", _packed_linear_at_fake, lib=library)
 library.impl("packed_linears_at", _packed_linears_at, "CompositeExplicitAutograd")
 torch.library.register_fake("matgptq::packed_linears_at", _packed_linears_at_fake, lib=library)
+library.impl("normed_linears_at", _normed_linears_at, "CompositeExplicitAutograd")
+torch.library.register_fake("matgptq::normed_linears_at", _normed_linears_at_fake, lib=library)

@@ -27,6 +27,7 @@ class Problem:
     zeros: bool = False
     sm: int = 90
     gated: bool = False
+    normed: bool = False
 
     @property
     def rounds(self) -> bool:

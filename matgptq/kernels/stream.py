@@ -23,6 +23,7 @@ class Config:
     chunk_tiles: int
     few: bool = False
     gated: bool = False
+    normed: bool = False
 
     @property
     def threads(self) -> int:
@@ -66,6 +67,7 @@ def defines(config: Config) -> dict[str, str]:
         "STAGES": str(config.stages),
         "BLOCKS": str(config.blocks),
         "GATED": str(int(config.gated)),
+        "NORMED": str(int(config.normed)),
     }
 
 
@@ -95,8 +97,14 @@ def _inbox_bytes(problem: Problem, config: Config) -> int:
 
 
 def shared_bytes(problem: Problem, config: Config) -> int:
-    """Dynamic shared memory of a block."""
-    return inbox_offset(problem, config) + _inbox_bytes(problem, config)
+    """Dynamic shared memory of a block; of a normed tile with one block an SM so much that there is no second.
+
+    Such a block starts while others' still run. Where two fit an SM they would be given the first ones that are free,
+    and other SMs none: H200, 2026-11-30, a layer of Llama-3.1-8B at 4 bits 43.6 us, 40.9 so (Qwen3-14B 62.4, 61.1).
+    """
+    needed = inbox_offset(problem, config) + _inbox_bytes(problem, config)
+    alone = config.normed and config.blocks == 1
+    return max(needed, (problem.shared_limit + 1) * 512) if alone else needed
 
 
 def grid(problem: Problem, config: Config) -> tuple[int, int, int]:
@@ -139,11 +147,12 @@ def _few_tiles(p: Problem) -> Iterator[Config]:
     """The best tile and what to take where it does not fit, measured as `_preferred`'s, for M = 1 and 2."""
     planes, rows, long, short = p.planes, p.row_tiles, p.k_tiles >= 128, p.k_tiles <= 48
 
-    def tile(turn_tiles: int, warps_n: int, warps_k: int, stages: int, splits: int) -> Config:
-        return with_chunk(
-            p, Config(1, 1, turn_tiles, warps_n, warps_k, stages, 2, splits if p.sm >= 90 else 1, 0, True)
-        )
+    def tile(turn_tiles: int, warps_n: int, warps_k: int, stages: int, splits: int, blocks: int = 2) -> Config:
+        splits = splits if p.sm >= 90 else 1
+        return with_chunk(p, Config(1, 1, turn_tiles, warps_n, warps_k, stages, blocks, splits, 0, True))
 
+    if p.M == 1 and p.sm >= 90:
+        yield from (tile(*fields) for fields in _tiles_in_a_step(p))
     if rows >= 256:
         if planes == 4 and short and rows <= 264:
             return
@@ -185,6 +194,37 @@ def _few_tiles(p: Problem) -> Iterator[Config]:
         yield tile(2, 1, 4, 3, 2)
     if rows > 66:
         yield tile(1, 1, 8, 2, 2)
+
+
+def _tiles_in_a_step(p: Problem) -> Iterator[tuple[int, int, int, int, int, int]]:
+    """K tiles a turn, warps along rows and k, stages, blocks of a cluster and an SM, of layers as a step has them.
+
+    H200, 2026-11-30: layers of Llama-3.1-8B (2, 3, 4, 8 bits), Qwen3-4B and 14B (2, 4 bits), one after the other
+    (`benchmarks/results/h200/chain_tiles.json`). A layer starts while one of another shape ends, and waits for what
+    that one writes: few.cu, which has asked for a whole ring of weights by then, gains more on linear.cu than alone.
+    """
+    planes, rows, k = p.planes, p.row_tiles, p.k_tiles
+    if p.normed and 66 < rows <= 128 and k <= 96:
+        yield (2, 4, 2, 3, 4, 1) if planes <= 4 else (1, 2, 4, 3, 2, 1)
+    if p.normed and rows >= 400 and planes <= 3:
+        yield 2, 4, 2, 3, 2, 2
+    if p.normed and rows >= 256 and planes > 6 and not 528 < rows < 660:  # nor a second wave that is nearly empty
+        yield 1, 4, 2, 2, 1, 1
+    if not 36 <= rows <= 80:
+        return
+    if 40 < k <= 96 and not p.normed:
+        if planes <= 3:
+            yield 2, 1, 4, 3, 2, 1
+        elif planes == 4 and k > 64:
+            yield 2, 4, 2, 4, 4, 1
+    if k > 128 and 5 <= planes <= 6:
+        yield 1, 1, 8, 3, 2, 1
+    elif k > 128 and planes <= 4 and 48 < rows <= 66:
+        yield {2: (2, 1, 16, 2, 2, 1), 3: (2, 1, 8, 4, 2, 1), 4: (2, 1, 8, 3, 2, 1)}[planes]
+    elif k >= 128 and planes <= 3:
+        yield 2, 2, 4, 3, 4, 2
+    elif k > 128 and planes == 4:
+        yield (2, 1, 4, 4, 2, 1) if k >= 256 else (2, 1, 8, 2, 4, 1)
 
 
 def linear_choice(problem: Problem) -> Config:

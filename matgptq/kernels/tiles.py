@@ -24,6 +24,15 @@ class Gate:
     cluster: int = 1
 
 
+@dataclass(frozen=True)
+class Norm:
+    """norm.cu, before a kernel that does not normalise its input itself; it has nothing to choose."""
+
+    threads: int = 512
+    tokens: int = 1
+    cluster: int = 1
+
+
 AnyConfig = Config | HopperConfig | ManyConfig
 
 
@@ -32,11 +41,23 @@ def gate_follows(problem: Problem, config: AnyConfig) -> bool:
     return problem.gated and not config.gated
 
 
-def defines(problem: Problem, config: AnyConfig | Gate) -> dict[str, str]:
+def norm_precedes(problem: Problem, config: AnyConfig) -> bool:
+    """Whether a tile takes an input that `Norm` is to make first."""
+    return problem.normed and not (isinstance(config, Config) and config.normed)
+
+
+def kernels(problem: Problem, config: AnyConfig) -> tuple["AnyConfig | Gate | Norm", ...]:
+    """What is launched for a problem, in order."""
+    before = (Norm(),) if norm_precedes(problem, config) else ()
+    after = (Gate(),) if gate_follows(problem, config) else ()
+    return *before, config, *after
+
+
+def defines(problem: Problem, config: AnyConfig | Gate | Norm) -> dict[str, str]:
     """The macros that a kernel is compiled with; KERNEL names its source."""
     number = {"FORMAT": "Half" if problem.dtype == "float16" else "BFloat"}
-    if isinstance(config, Gate):
-        return {"KERNEL": "gate", **number}
+    if isinstance(config, Gate | Norm):
+        return {"KERNEL": type(config).__name__.lower(), **number}
     of_problem = {
         **number,
         "BITS": str(problem.bits),
@@ -51,7 +72,7 @@ def defines(problem: Problem, config: AnyConfig | Gate) -> dict[str, str]:
     return {"KERNEL": "few" if config.few else "linear", **of_problem, **stream.defines(config)}
 
 
-def architecture(problem: Problem, config: AnyConfig | Gate) -> str:
+def architecture(problem: Problem, config: AnyConfig | Gate | Norm) -> str:
     """What a kernel is compiled for."""
     return f"sm_{problem.sm}a" if isinstance(config, HopperConfig) else f"sm_{problem.sm}"
 
@@ -68,14 +89,20 @@ def supports(config: AnyConfig, problem: Problem) -> bool:
 def choose(problem: Problem) -> AnyConfig:
     """The tile, and with it the kernel, for a problem; raises ValueError for one that ``can_implement`` refuses.
 
-    A gated problem may get a tile that is not: one for its ``layer``, which `Gate` follows.
+    A gated problem may get a tile that is not: one for its ``layer``, which `Gate` follows. A normed one gets few.cu's
+    tile as one that normalises its input, and others as they are, which `Norm` precedes.
     """
     able, reason = can_implement(problem)
     if not able:
         raise ValueError(reason)
     layer = problem.layer
     config = hopper.choose(layer) or stream.few_choice(layer) or _many_or_linear(layer)
-    return (gated_choice(problem, config) if problem.gated else None) or config
+    if problem.gated:
+        config = gated_choice(problem, config) or config
+    if problem.normed and isinstance(config, Config) and config.few:
+        registers = not problem.zeros and (problem.M == 1 or problem.planes <= 6)  # else some tiles would spill
+        return replace(config, normed=registers)
+    return config
 
 
 def gated_choice(problem: Problem, config: AnyConfig) -> AnyConfig | None:

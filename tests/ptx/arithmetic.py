@@ -19,6 +19,7 @@ ELEMENTWISE = {
     "neg": np.negative,
     "rem": np.fmod,
     "ex2": np.exp2,
+    "rsqrt": lambda v: 1 / np.sqrt(v),
     "not": np.invert,
 }
 

@@ -1,0 +1,157 @@
+"""Tiles of a model's layers, timed one after the other as in a decoding step: `stream.few_choice` is read off them.
+
+    PYTHONPATH=. python benchmarks/chain_tiles.py --models llama-3.1-8b --bits 2 3 4 --out chain_tiles.json
+
+A call that is alone in a benchmark starts while its like ends. In a step it starts while a layer of another shape ends,
+and waits for what that one writes. So six layers of a model run here in a CUDA graph: q, k and v (normed), a kernel in
+place of attention, the output layer, gate and up (normed and gated), down. Kind by kind the tile is exchanged for
+others, and the best is kept for the kinds after it. Bfloat16, groups of 128, random codes; only time is looked at
+(`gpu_check.py` compares with float64). A row of the results is the model, tokens, bits, kind, kernel, the tile (the
+fields of `stream.Config` in order), and microseconds a layer of the model, all four kinds. Exits with 2 if there is no
+CUDA GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import astuple
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from matgptq.bench import Case, new_report, random_layer, time_calls
+from matgptq.bench_linear import MODELS
+from matgptq.kernels.launch import Launcher, compile_tiles, make_launcher
+from matgptq.kernels.problem import Problem
+from matgptq.kernels.stream import Config, fits, with_chunk
+from matgptq.kernels.tiles import AnyConfig, choose, defines
+from matgptq.packed import PackedLinear
+
+KINDS = ("qkv", "o", "gate_up", "down")
+LAYERS = 6
+# Warps along rows and k, blocks of a cluster.
+SHAPES = [
+    (1, 4, 2),
+    (1, 8, 1),
+    (1, 8, 2),
+    (1, 8, 4),
+    (1, 16, 2),
+    (2, 4, 1),
+    (2, 4, 2),
+    (2, 4, 4),
+    (4, 2, 1),
+    (4, 2, 2),
+    (4, 2, 4),
+]
+
+
+def problems_of(model: str, tokens: int, bits: int, sm: int = 90) -> dict[str, Problem]:
+    """What a layer of a model asks of the kernels, by kind."""
+    found = {}
+    for kind, (N, K) in zip(KINDS, MODELS[model], strict=True):
+        gated, normed = kind == "gate_up", kind in ("qkv", "gate_up")
+        found[kind] = Problem(tokens, N // 2 if gated else N, K, bits, "bfloat16", sm=sm, gated=gated, normed=normed)
+    return found
+
+
+def tiles(p: Problem) -> Iterator[Config]:
+    """Tiles of few.cu and, where the input is not normed, linear.cu."""
+    fews = (True,) if p.normed or p.M > 2 else (True, False)
+    for few, (warps_n, warps_k, splits), turn_tiles, stages, blocks in itertools.product(
+        fews, SHAPES, (1, 2), (2, 3, 4), (1, 2)
+    ):
+        tile = Config(1, 1, turn_tiles, warps_n, warps_k, stages, blocks, splits, 0, few, p.gated, p.normed)
+        tile = with_chunk(p, tile)
+        if tile.threads * blocks <= 512 and not (p.gated and warps_n == 1) and fits(tile, p):
+            yield tile
+
+
+class Chain:
+    """The layers of a model, and what they read and write."""
+
+    def __init__(self, problems: dict[str, Problem], device: torch.device):
+        self.problems, self.device = problems, device
+        self.layers: dict[str, list[PackedLinear]] = {}
+        for kind, p in problems.items():
+            case = Case(p.M, p.layer.N, p.K, p.bits, p.dtype, p.group_size)
+            self.layers[kind] = [random_layer(case, device, seed)[1] for seed in range(LAYERS)]
+        tokens, hidden = problems["qkv"].M, problems["qkv"].K
+
+        def room(size: int) -> Tensor:
+            return torch.randn(tokens, size, device=device).bfloat16()
+
+        self.outputs = {kind: room(p.N) for kind, p in problems.items()}
+        self.attended, self.sums = room(problems["o"].K), [room(hidden), room(hidden)]
+        self.norm = torch.ones(hidden, device=device, dtype=torch.bfloat16)
+
+    def run(self, launchers: dict[str, Launcher]) -> Tensor:
+        """All layers once."""
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+
+        def call(kind: str, layer: int, x: Tensor, *rest: float) -> Tensor:
+            weights, y = self.layers[kind][layer], self.outputs[kind]
+            addresses = (v.data_ptr() for v in (x, weights.planes, weights.scales))
+            launchers[kind](stream, len(x), *addresses, 0, 0, y.data_ptr(), *rest)
+            return y
+
+        first, second = (total.data_ptr() for total in self.sums)
+        y = self.outputs["down"]
+        for i in range(LAYERS):
+            q = call("qkv", i, y, first, self.norm.data_ptr(), second, 1e-5)
+            torch.sin(q[:, : self.attended.shape[1]], out=self.attended)
+            y = call("o", i, self.attended)
+            y = call("gate_up", i, y, second, self.norm.data_ptr(), first, 1e-5)
+            y = call("down", i, y)
+        return y
+
+    def microseconds(self, configs: dict[str, AnyConfig]) -> float:
+        """Of one layer of the model."""
+        index = self.device.index or 0
+        launchers = {kind: make_launcher(p, configs[kind], index) for kind, p in self.problems.items()}
+        return time_calls([partial(self.run, launchers)], self.device)["us"] / LAYERS
+
+
+def main() -> None:
+    """Time the tiles."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=["llama-3.1-8b"], metavar="MODEL")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="widths, bits")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="tokens a call, 1 or 2")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("chain_tiles.py needs a CUDA GPU, and torch finds none", file=sys.stderr)
+        sys.exit(2)
+    device = torch.device("cuda", torch.cuda.current_device())
+    report = new_report(device)
+    report["columns"] = ["model", "M", "bits", "kind", "kernel", "tile", "us"]
+    for model, bits, M in itertools.product(options.models, options.bits, options.batch_sizes):
+        problems = problems_of(model, M, bits)
+        best: dict[str, AnyConfig] = {kind: choose(p) for kind, p in problems.items()}
+        others = {kind: [c for c in tiles(p) if c != best[kind]] for kind, p in problems.items()}
+        compile_tiles((problems[kind], c) for kind in KINDS for c in (best[kind], *others[kind]))
+        chain = Chain(problems, device)
+        least = before = chain.microseconds(best)
+        for kind in reversed(KINDS):
+            chosen = best[kind]
+            for tile in (chosen, *others[kind]):
+                us = chain.microseconds({**best, kind: tile})
+                if us < least:
+                    least, best[kind] = us, tile
+                kernel, fields = defines(problems[kind], tile)["KERNEL"], [int(v) for v in astuple(tile)]
+                report["results"].append([model, M, bits, kind, kernel, fields, round(us, 3)])
+            print(f"{model}, {bits} bits, M = {M}: {kind} {least:.2f} us by {best[kind]}", flush=True)
+        print(f"{model}, {bits} bits, M = {M}: {before:.2f} us a layer, {least:.2f} at best", flush=True)
+        del chain
+        if options.out:
+            options.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
