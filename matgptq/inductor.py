@@ -228,10 +228,14 @@ def _norm_of_sum(z: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None:
 def _vllm_norm(z: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None:
     """The same of vLLM's own op for that, whose results are z and the sum."""
     both = _operands(z, operator.getitem, 2)
-    if not both or both[1] != 0 or "vllm_ir::fused_add_rms_norm" not in str(getattr(both[0].target, "_schema", "")):
+    if not both or both[1] != 0:
         return None
-    x, residual, norm, eps, *size = both[0].args
-    total = next((user for user in both[0].users if user.args[1] == 1), None)
+    node = both[0]
+    is_norm = str(getattr(node.target, "_schema", "")).startswith("vllm_ir::fused_add_rms_norm(")
+    if not is_norm or node.kwargs or len(node.args) < 4:
+        return None
+    x, residual, norm, eps, *size = node.args
+    total = next((user for user in node.users if user.args[1] == 1), None)
     if total is None or size not in ([], [None]) or not _is_weight(norm) or not _alike(x, residual, total, z):
         return None
     return total, (x, residual, norm, eps)
@@ -261,7 +265,10 @@ def _is_given(node: fx.Node) -> bool:
 
 def _alike(*nodes: Any) -> bool:
     """Whether nodes are tensors of one type and shape."""
-    return len({(n.meta["val"].dtype, n.meta["val"].shape) if isinstance(n, fx.Node) else None for n in nodes}) == 1
+    if not all(isinstance(n, fx.Node) for n in nodes):
+        return False
+    values = [n.meta["val"] for n in nodes]
+    return len({(v.dtype, *map(str, v.shape)) for v in values}) == 1  # a size may be a symbol
 
 
 def _part(node: Any) -> tuple[fx.Node | None, int, int]:

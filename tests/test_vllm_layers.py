@@ -239,6 +239,36 @@ def test_the_op_is_what_torch_compile_needs():
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs g++ on a CPU")
 @pytest.mark.parametrize("gated", [True, False])
+def test_the_norm_of_a_sum_is_part_of_the_call_after_it(gated, monkeypatch):
+    from vllm import ir
+    from vllm.model_executor.layers.activation import SiluAndMul
+
+    checkpoint = {f"model.{name}_proj": stored(128, i) for i, name in enumerate(("gate", "up"))}
+    _, layer = rank_layer(checkpoint, [128, 128], shard_ids=(0, 1))
+    weight = torch.nn.Parameter(torch.rand(COLUMNS).bfloat16() + 0.5, requires_grad=False)
+    normed = FusedLinear.normed
+    calls = []
+    monkeypatch.setattr(FusedLinear, "normed", lambda self, *given: calls.append(given[-1]) or normed(self, *given))
+
+    def forward(x, residual):
+        with ir.enable_torch_wrap(True):
+            z, total = ir.ops.fused_add_rms_norm(x, residual, weight, 1e-5)
+        y = torch.ops.vllm_matgptq.linear(z, layer.matgptq_key, 256)
+        return (SiluAndMul.forward_native(y) if gated else y), total
+
+    x, residual = (torch.randn(5, COLUMNS).bfloat16() for _ in range(2))
+    passes = {"post_grad_custom_pre_pass": vllm_matgptq.linear.FuseLinears()}
+    with fresh_cache(), torch.inference_mode():
+        got = torch.compile(forward, fullgraph=True, dynamic=True, options=passes)(x, residual)
+        want = forward(x, residual)
+    assert calls == [gated]
+    # vLLM takes the mean of squares of a sum that is not rounded yet
+    assert (got[0] - want[0]).float().norm() < 8e-3 * want[0].float().norm()
+    assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs g++ on a CPU")
+@pytest.mark.parametrize("gated", [True, False])
 def test_gate_and_up_are_one_call_with_what_follows_them(gated, monkeypatch):
     from vllm.model_executor.layers.activation import SiluAndMul
 
