@@ -5,10 +5,11 @@
 A call that is alone in a benchmark starts while its like ends. In a step it starts while a layer of another shape ends,
 and waits for what that one writes. So six layers of a model run here in a CUDA graph: q, k and v (normed), a kernel in
 place of attention, the output layer, gate and up (normed and gated), down. Kind by kind the tile is exchanged for
-others, and the best is kept for the kinds after it. Bfloat16, groups of 128, random codes; only time is looked at
+others, and the best is kept for the kinds after it. --chosen times two ways only: tiles as they are chosen, and as they
+would be by times of calls alone. Bfloat16, groups of 128, random codes; only time is looked at
 (`gpu_check.py` compares with float64). A row of the results is the model, tokens, bits, kind, kernel, the tile (the
-fields of `stream.Config` in order), and microseconds a layer of the model, all four kinds. Exits with 2 if there is no
-CUDA GPU.
+fields of `stream.Config` in order), and microseconds a layer of the model, all four kinds; with --chosen the model,
+tokens, bits, and microseconds of both ways. Exits with 2 if there is no CUDA GPU.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import astuple
 from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from matgptq.bench import Case, new_report, random_layer, time_calls
 from matgptq.bench_linear import MODELS
+from matgptq.kernels import stream
 from matgptq.kernels.launch import Launcher, compile_tiles, make_launcher
 from matgptq.kernels.problem import Problem
 from matgptq.kernels.stream import Config, fits, with_chunk
@@ -92,12 +97,12 @@ class Chain:
 
     def run(self, launchers: dict[str, Launcher]) -> Tensor:
         """All layers once."""
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+        queue = torch.cuda.current_stream(self.device).cuda_stream
 
         def call(kind: str, layer: int, x: Tensor, *rest: float) -> Tensor:
             weights, y = self.layers[kind][layer], self.outputs[kind]
             addresses = (v.data_ptr() for v in (x, weights.planes, weights.scales))
-            launchers[kind](stream, len(x), *addresses, 0, 0, y.data_ptr(), *rest)
+            launchers[kind](queue, len(x), *addresses, 0, 0, y.data_ptr(), *rest)
             return y
 
         first, second = (total.data_ptr() for total in self.sums)
@@ -123,6 +128,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=["llama-3.1-8b"], metavar="MODEL")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="widths, bits")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="tokens a call, 1 or 2")
+    parser.add_argument("--chosen", action="store_true", help="no other tiles than those that are or would be chosen")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -130,27 +136,46 @@ def main() -> None:
         sys.exit(2)
     device = torch.device("cuda", torch.cuda.current_device())
     report = new_report(device)
-    report["columns"] = ["model", "M", "bits", "kind", "kernel", "tile", "us"]
+    report["columns"] = [
+        "model",
+        "M",
+        "bits",
+        *(("chosen", "alone") if options.chosen else ("kind", "kernel", "tile", "us")),
+    ]
     for model, bits, M in itertools.product(options.models, options.bits, options.batch_sizes):
         problems = problems_of(model, M, bits)
-        best: dict[str, AnyConfig] = {kind: choose(p) for kind, p in problems.items()}
-        others = {kind: [c for c in tiles(p) if c != best[kind]] for kind, p in problems.items()}
-        compile_tiles((problems[kind], c) for kind in KINDS for c in (best[kind], *others[kind]))
-        chain = Chain(problems, device)
-        least = before = chain.microseconds(best)
-        for kind in reversed(KINDS):
-            chosen = best[kind]
-            for tile in (chosen, *others[kind]):
-                us = chain.microseconds({**best, kind: tile})
-                if us < least:
-                    least, best[kind] = us, tile
-                kernel, fields = defines(problems[kind], tile)["KERNEL"], [int(v) for v in astuple(tile)]
-                report["results"].append([model, M, bits, kind, kernel, fields, round(us, 3)])
-            print(f"{model}, {bits} bits, M = {M}: {kind} {least:.2f} us by {best[kind]}", flush=True)
-        print(f"{model}, {bits} bits, M = {M}: {before:.2f} us a layer, {least:.2f} at best", flush=True)
-        del chain
+        report["results"] += [[model, M, bits, *row] for row in (ways if options.chosen else sweep)(problems, device)]
+        print(f"{model}, {bits} bits, M = {M}: {report['results'][-1][3:]}", flush=True)
         if options.out:
             options.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
+
+
+def ways(problems: dict[str, Problem], device: torch.device) -> list[list[float]]:
+    """Microseconds with tiles as they are chosen, and as they would be by times of calls alone."""
+    chosen: dict[str, AnyConfig] = {kind: choose(p) for kind, p in problems.items()}
+    with mock.patch.object(stream, "_tiles_in_a_step", return_value=()):
+        alone: dict[str, AnyConfig] = {kind: choose(p) for kind, p in problems.items()}
+    compile_tiles((problems[kind], c) for configs in (chosen, alone) for kind, c in configs.items())
+    chain = Chain(problems, device)
+    times = [chain.microseconds(configs) for configs in (chosen, alone, alone, chosen)]
+    return [[round(math.sqrt(first * again), 3) for first, again in (times[::3], times[1:3])]]
+
+
+def sweep(problems: dict[str, Problem], device: torch.device) -> list[list[Any]]:
+    """Kind, kernel, tile and microseconds of every tile, the tile that is chosen first."""
+    best: dict[str, AnyConfig] = {kind: choose(p) for kind, p in problems.items()}
+    others = {kind: [c for c in tiles(p) if c != best[kind]] for kind, p in problems.items()}
+    compile_tiles((problems[kind], c) for kind in KINDS for c in (best[kind], *others[kind]))
+    chain, rows = Chain(problems, device), []
+    least = chain.microseconds(best)
+    for kind in reversed(KINDS):
+        for tile in (best[kind], *others[kind]):
+            us = chain.microseconds({**best, kind: tile})
+            if us < least:
+                least, best[kind] = us, tile
+            kernel, fields = defines(problems[kind], tile)["KERNEL"], [int(v) for v in astuple(tile)]
+            rows.append([kind, kernel, fields, round(us, 3)])
+    return rows
 
 
 if __name__ == "__main__":

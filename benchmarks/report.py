@@ -216,6 +216,16 @@ def gated_table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def chain_table(report: dict[str, Any]) -> str:
+    """Microseconds of a model's layers by tiles chosen for calls alone, and as they are chosen."""
+    times = {(model, bits): (alone, chosen) for model, M, bits, chosen, alone in report["results"] if M == 1}
+    widths = sorted({bits for _, bits in times})
+    lines = head("", [f"{bits} bits" for bits in widths])
+    for model in dict.fromkeys(model for model, _ in times):
+        lines.append(line(model, (", ".join(f"{us:.1f}" for us in times[model, bits]) for bits in widths)))
+    return "\n".join(lines) + "\n"
+
+
 def older_table(report: dict[str, Any], here: dict[str, Any]) -> str:
     """Microseconds of linear.cu's and many.cu's fastest tiles; of another run, of this GPU's own kernel and cuBLAS."""
     times: dict[tuple[int, int, int], dict[str, float]] = {}
@@ -347,6 +357,7 @@ def main() -> None:
     write_linear(joined(read("h200/linear_few"), many), read_peers(read("h200/peers")), ROOT)
     fill(docs / "kernels.md", "models", models_table(read("h200/linear_models")))
     fill(docs / "kernels.md", "gated", gated_table(read("h200/gated_tiles")))
+    fill(docs / "kernels.md", "chain", chain_table(read("h200/chain_chosen")))
     fill(docs / "kernels.md", "without wgmma", older_table(read("h200/many_tiles"), many))
     served = [read(f"h200/{name}") for name in ("vllm", "vllm_packed", "vllm_resident", "vllm_again")]
     fill(docs / "vllm.md", "vllm", vllm_table(*served))
