@@ -359,7 +359,7 @@ def main() -> None:
     fill(docs / "kernels.md", "gated", gated_table(read("h200/gated_tiles")))
     fill(docs / "kernels.md", "chain", chain_table(read("h200/chain_chosen")))
     fill(docs / "kernels.md", "without wgmma", older_table(read("h200/many_tiles"), many))
-    served = [read(f"h200/{name}") for name in ("vllm", "vllm_packed", "vllm_resident", "vllm_again")]
+    served = [read(f"h200/{name}") for name in ("vllm", "vllm_packed", "vllm_resident", "vllm_again", "vllm_normed")]
     fill(docs / "vllm.md", "vllm", vllm_table(*served))
     plot_vllm(ROOT / "assets" / "vllm_speedups.svg", *served[:2])
     fill(docs / "transformers.md", "transformers", transformers_table(read("h200/transformers")))

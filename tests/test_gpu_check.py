@@ -263,7 +263,7 @@ def test_every_kind_of_normed_tile_is_checked(monkeypatch):
         for gated in (False, True)
         if not gated or options["N"] % 64 == 0
     )
-    models = itertools.product(chain_tiles.MODELS, (1, 2), (2, 3, 4, 6, 8))
+    models = itertools.product(chain_tiles.MODELS, (1,), (2, 3, 4, 6, 8))
     asked = kinds(p for model in models for p in chain_tiles.problems_of(*model).values() if p.normed)
-    assert len(asked) > 10
+    assert len(asked) > 8
     assert asked <= checked, asked - checked

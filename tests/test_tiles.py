@@ -98,14 +98,14 @@ def test_normed_problems_are_covered(sm):
         problem = Problem(M, N, K, bits, "bfloat16", group_size, zeros=zeros, sm=sm, gated=gated, normed=True)
         config = choose(problem)
         own = isinstance(config, Config) and config.normed
-        assert not own or (config.few and not zeros and fits(config, problem))
+        assert not own or (M == 1 and config.few and not zeros and fits(config, problem))
         assert [type(kernel) for kernel in kernels(problem, config)] == [
             *([] if own else [Norm]),
             type(config),
             *([Gate] if gated and not config.gated else []),
         ]
         norms += not own
-    assert 300 < norms < 450  # of 504
+    assert 380 < norms < 500  # of 504
     assert defines(Problem(1, 64, 64, 4, "bfloat16", normed=True), Norm()) == {"KERNEL": "norm", "FORMAT": "BFloat"}
 
 

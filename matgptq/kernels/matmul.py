@@ -122,7 +122,7 @@ class BoundMatmul:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`matmul` of ``rms_norm(x + residual)`` (`add_rms_norm`), and the sum.
 
-        For one or two tokens the kernel makes its input itself, mostly, and does not round it to x's dtype.
+        For one token the kernel makes its input itself, mostly, and does not round it to x's dtype.
         """
         key = (x.shape, x.dtype, zeros is not None, x.get_device(), True)
         M, shape, strides, launcher = self._plans.get(key) or self._plan(*key)

@@ -260,8 +260,8 @@ def normed_linear(
 ) -> tuple[Tensor, Tensor]:
     """`packed_linear` of ``rms_norm(x + residual)``, and ``x + residual``.
 
-    `add_rms_norm` says what x to eps are, `packed_linear` the rest. On a GPU this is one kernel for one or two tokens
-    where few.cu is chosen; else norm.cu makes the layer's input first.
+    `add_rms_norm` says what x to eps are, `packed_linear` the rest. On a GPU this is one kernel for one token where
+    few.cu is chosen; else norm.cu makes the layer's input first.
     """
     if x.is_cuda:
         call = bind(bits, group_size, in_features, out_features, rule, resident, gated)
