@@ -344,7 +344,7 @@ def normed_cases() -> Iterator[tuple[dict[str, Any], int]]:
         layer = {"N": N, "K": K, "bits": bits, "dtype": dtype, "group_size": 64, "zeros": zeros, "resident": resident}
         yield {**layer, "rule": rule, "bias": bits % 2 == 0}, M
     for (N, K), M, bits in itertools.product(
-        [(7168, 5120), (6144, 2560), (28672, 4096), (9728, 8192)], (1, 2), range(2, 9)
+        [(7168, 5120), (6144, 2560), (28672, 4096), (9728, 8192), (9728, 2560)], (1, 2), range(2, 9)
     ):
         yield {"N": N, "K": K, "bits": bits, "dtype": "bfloat16"}, M
 

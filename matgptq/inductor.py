@@ -172,7 +172,7 @@ Normed = Callable[[fx.Node], tuple[Any, tuple[Any, ...]] | None]
 
 
 def norm_linears(graph: fx.Graph, normed: Normed) -> None:
-    """Make the op of ``rms_norm(x + residual)`` one that takes x and residual, and returns their sum too.
+    """Make an op of ``rms_norm(x + residual)`` one that takes x and residual, and returns their sum too.
 
     Args:
         normed: of a node, the op that does so in its place, and that one's arguments from the fifth on: x, residual,
@@ -184,8 +184,8 @@ def norm_linears(graph: fx.Graph, normed: Normed) -> None:
         op, layers = normed(node)  # type: ignore[misc]
         if found is None or not all(_is_given(n) for n in node.all_input_nodes if n is not z):
             continue  # what it needs may not be there yet where the sum is
-        total, operands = found
-        with graph.inserting_before(total):
+        first, total, operands = found
+        with graph.inserting_before(first):
             call = graph.call_function(op, (*operands, *layers))
             call.meta["val"] = (node.meta["val"], total.meta["val"])
             for i, output in enumerate((node, total)):
@@ -207,8 +207,11 @@ def normed_call(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
     return _NORMED, ([planes], scales, *optional, [width], in_features, [out_features], *rest)
 
 
-def _norm_of_sum(z: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None:
-    """The sum, and x, residual, norm and eps, of RMSNorm of a sum as Transformers' layers compute it, in ATen ops."""
+NormOfSum = tuple[fx.Node, fx.Node, tuple[Any, ...]]  # the first node of it, the sum, and x, residual, norm and eps
+
+
+def _norm_of_sum(z: fx.Node) -> NormOfSum | None:
+    """RMSNorm of a sum as Transformers' layers compute it, in ATen ops."""
     for norm, rounded in itertools.permutations(_operands(z, _aten.mul.Tensor, 2), 2):
         scaled = _converted(rounded, torch.float16, torch.bfloat16)
         for h, root in itertools.permutations(_operands(scaled, _aten.mul.Tensor, 2), 2):
@@ -221,12 +224,12 @@ def _norm_of_sum(z: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None:
             x, residual = _operands(total, _aten.add.Tensor, 2) or (None, None)
             if _alike(x, residual, total, z) and _is_weight(norm) and isinstance(eps, float):
                 assert total is not None
-                return total, (x, residual, norm, eps)
+                return total, total, (x, residual, norm, eps)
     return None
 
 
-def _vllm_norm(z: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None:
-    """The same of vLLM's own op for that, whose results are z and the sum."""
+def _vllm_norm(z: fx.Node) -> NormOfSum | None:
+    """The same by vLLM's own op for that, whose results are z and the sum."""
     both = _operands(z, operator.getitem, 2)
     if not both or both[1] != 0:
         return None
@@ -238,7 +241,7 @@ def _vllm_norm(z: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None:
     total = next((user for user in node.users if user.args[1] == 1), None)
     if total is None or size not in ([], [None]) or not _is_weight(norm) or not _alike(x, residual, total, z):
         return None
-    return total, (x, residual, norm, eps)
+    return node, total, (x, residual, norm, eps)
 
 
 def _operands(node: Any, target: Any, count: int) -> tuple[Any, ...]:
