@@ -17,9 +17,9 @@ CPU = torch.device("cpu")
 class Launcher:
     """Writes down what it is asked to launch."""
 
-    def __init__(self, M, N, K, bits, dtype, group_size, rule, resident, zeros, gated, index):
+    def __init__(self, M, N, K, bits, dtype, group_size, rule, resident, zeros, gated, index, normed):
         kind = str(dtype).removeprefix("torch.")
-        self.problem = Problem(M, N, K, bits, kind, group_size, resident, rule, zeros, gated=gated)
+        self.problem = Problem(M, N, K, bits, kind, group_size, resident, rule, zeros, gated=gated, normed=normed)
         self.checked = set()
         self.calls = []
 
@@ -66,6 +66,34 @@ def test_two_layers_gated_are_a_launch_of_its_own_kind(gpu):
     assert layer(torch.randn(2, 256, dtype=torch.half), gated=True).shape == (2, 64)
     assert layer(torch.randn(2, 256, dtype=torch.half)).shape == (2, 128)
     assert [(launcher.problem.N, launcher.problem.gated) for launcher in gpu] == [(64, True), (128, False)]
+
+
+def test_a_normed_layer_launches_what_is_added_too(gpu):
+    layer, norm = packed_layer(), torch.rand(256).half()
+    x, residual = torch.randn(3, 256, dtype=torch.half), torch.randn(256, 3, dtype=torch.half).T
+    y, total = layer.normed(x, residual, norm, 1e-5)
+    assert (y.shape, total.shape, y.dtype, total.dtype) == ((3, 128), (3, 256), x.dtype, x.dtype)
+    (launcher,) = gpu
+    assert launcher.problem.normed
+    ((*before, where, norm_at, total_at, eps),) = launcher.calls
+    assert before == [77, 3, x.data_ptr(), layer.planes.data_ptr(), layer.scales.data_ptr(), 0, 0, y.data_ptr()]
+    assert where != residual.data_ptr()  # rows that do not lie one after another are copied
+    assert (norm_at, total_at, eps) == (norm.data_ptr(), total.data_ptr(), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"residual": torch.zeros(1, 256)}, r"residual must be torch.float16 \(1, 256\) on cpu, got torch.float32"),
+        ({"residual": torch.zeros(2, 256).half()}, r"residual must be .*, got torch.float16 \(2, 256\)"),
+        ({"norm": torch.ones(255).half()}, r"norm must be torch.float16 \(256,\) on cpu, got torch.float16 \(255,\)"),
+        ({"eps": -1.0}, "eps must be at least 0, got -1.0"),
+    ],
+)
+def test_what_is_added_must_fit(gpu, change, message):
+    given = {"residual": torch.zeros(1, 256).half(), "norm": torch.ones(256).half(), "eps": 1e-5, **change}
+    with pytest.raises(ValueError, match=message):
+        packed_layer().normed(torch.zeros(1, 256).half(), **given)
 
 
 def test_memory_that_was_replaced_is_checked_and_launched(gpu):

@@ -123,6 +123,8 @@ class BoundMatmul:
         """`matmul` of ``rms_norm(x + residual)`` (`add_rms_norm`), and the sum.
 
         For one token the kernel makes its input itself, mostly, and does not round it to x's dtype.
+
+        Raises ValueError for arguments that do not fit.
         """
         key = (x.shape, x.dtype, zeros is not None, x.get_device(), True)
         M, shape, strides, launcher = self._plans.get(key) or self._plan(*key)
