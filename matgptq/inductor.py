@@ -178,13 +178,13 @@ def norm_linears(graph: fx.Graph, normed: Normed) -> None:
         normed: of a node, the op that does so in its place, and that one's arguments from the fifth on: x, residual,
             norm and eps come before them. None if there is no such op.
     """
-    for node in [n for n in graph.nodes if n.op == "call_function" and normed(n) is not None]:
-        z = node.args[0]
+    for node in list(graph.nodes):
+        replacement = normed(node)
+        z = node.args[0] if replacement else None
         found = (_norm_of_sum(z) or _vllm_norm(z)) if isinstance(z, fx.Node) and len(z.users) == 1 else None
-        op, layers = normed(node)  # type: ignore[misc]
-        if found is None or not all(_is_given(n) for n in node.all_input_nodes if n is not z):
+        if replacement is None or found is None or not all(_is_given(n) for n in node.all_input_nodes if n is not z):
             continue  # what it needs may not be there yet where the sum is
-        first, total, operands = found
+        (op, layers), (first, total, operands) = replacement, found
         with graph.inserting_before(first):
             call = graph.call_function(op, (*operands, *layers))
             call.meta["val"] = (node.meta["val"], total.meta["val"])

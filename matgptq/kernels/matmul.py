@@ -92,10 +92,7 @@ class BoundMatmul:
             0 if bias is None else bias.data_ptr(),
         )
         if operands not in launcher.checked:
-            _check_operands(x, planes, scales, zeros, bias, launcher.problem)
-            if len(launcher.checked) >= _MANY:
-                launcher.checked.clear()
-            launcher.checked.add(operands)
+            _check_once(launcher, operands, x, planes, scales, zeros, bias)
         start = x.data_ptr()
         if start % 16 or not x.is_contiguous():
             x = x.clone(memory_format=torch.contiguous_format)
@@ -129,14 +126,16 @@ class BoundMatmul:
         key = (x.shape, x.dtype, zeros is not None, x.get_device(), True)
         M, shape, strides, launcher = self._plans.get(key) or self._plan(*key)
         _check_norm(x, residual, norm, eps)
-        _check_operands(x, planes, scales, zeros, bias, launcher.problem)
+        operands = tuple(0 if v is None else v.data_ptr() for v in (planes, scales, zeros, bias))
+        if operands not in launcher.checked:
+            _check_once(launcher, operands, x, planes, scales, zeros, bias)
         x, residual, norm = (_readable(v) for v in (x, residual, norm))
         with torch.cuda.device(key[3]):
             y, total = _empty(shape, strides, x.dtype), torch.empty_like(x)
             if M:
-                addresses = (0 if v is None else v.data_ptr() for v in (x, planes, scales, zeros, bias, y))
                 rest = (residual.data_ptr(), norm.data_ptr(), total.data_ptr(), eps)
-                launcher(torch._C._cuda_getCurrentRawStream(key[3]), M, *addresses, *rest)
+                stream = torch._C._cuda_getCurrentRawStream(key[3])
+                launcher(stream, M, x.data_ptr(), *operands, y.data_ptr(), *rest)
         return y, total
 
     def _plan(self, shape: torch.Size, dtype: torch.dtype, zeros: bool, index: int, normed: bool = False) -> Plan:
@@ -241,6 +240,22 @@ def _check_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, eps
             raise ValueError(f"{name} must be {x.dtype} {tuple(shape)} on {x.device}, got {got}")
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
+
+
+def _check_once(
+    launcher: Launcher,
+    addresses: tuple[int, ...],
+    x: torch.Tensor,
+    planes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> None:
+    """Checks operands, and remembers their addresses."""
+    _check_operands(x, planes, scales, zeros, bias, launcher.problem)
+    if len(launcher.checked) >= _MANY:
+        launcher.checked.clear()
+    launcher.checked.add(addresses)
 
 
 def _check_operands(

@@ -240,48 +240,25 @@ def _calls_of(
     return calls
 
 
+_BOUND = ("bits", "group_size", "in_features", "out_features", "rule", "resident", "gated")  # in the order of `bind`
+
+
 def normed_linear(
-    x: Tensor,
-    residual: Tensor,
-    norm: Tensor,
-    eps: float,
-    planes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    in_features: int,
-    out_features: int,
-    bits: int,
-    group_size: int,
-    rule: str = "round",
-    resident: bool = False,
-    gated: bool = False,
+    x: Tensor, residual: Tensor, norm: Tensor, eps: float, *operands: Tensor | None, **layer: Any
 ) -> tuple[Tensor, Tensor]:
     """`packed_linear` of ``rms_norm(x + residual)``, and ``x + residual``.
 
-    `add_rms_norm` says what x to eps are, `packed_linear` the rest. On a GPU this is one kernel for one token where
-    few.cu is chosen; else norm.cu makes the layer's input first.
+    Args:
+        x, residual, norm, eps: as of `add_rms_norm`.
+        operands: planes, scales, zeros and bias of `packed_linear`.
+        layer: all its other arguments.
+
+    On a GPU this is one kernel for one token where few.cu is chosen; else norm.cu makes the layer's input first.
     """
     if x.is_cuda:
-        call = bind(bits, group_size, in_features, out_features, rule, resident, gated)
-        return call.normed(x, residual, norm, eps, planes, scales, zeros, bias)
+        return bind(*(layer[name] for name in _BOUND)).normed(x, residual, norm, eps, *operands)  # type: ignore[arg-type]
     z, total = add_rms_norm(x, residual, norm, eps)
-    y = packed_linear(
-        z,
-        planes,
-        scales,
-        zeros,
-        bias,
-        in_features=in_features,
-        out_features=out_features,
-        bits=bits,
-        group_size=group_size,
-        rule=rule,
-        resident=resident,
-        gated=gated,
-    )
-    return y, total
+    return packed_linear(z, *operands, **layer), total  # type: ignore[arg-type]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
