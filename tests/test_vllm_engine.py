@@ -12,6 +12,7 @@ from transformers import Phi3Config, Phi3ForCausalLM, Qwen2MoeConfig, Qwen2MoeFo
 
 import matgptq
 import vllm_matgptq
+import vllm_matgptq.compiler
 import vllm_matgptq.linear
 from matgptq.overlap import WaitFirst
 
@@ -159,7 +160,7 @@ def test_the_width_is_fixed_unless_the_weights_are_resident(folder):
 def test_compiled_code_does_not_hold_the_width(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     # with the options that a Hopper GPU is given: here they change nothing, but are hashed, copied and called
-    monkeypatch.setattr(vllm_matgptq.linear, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setattr(vllm_matgptq.compiler, "current_platform", SimpleNamespace(is_cuda=lambda: True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     graphs = []
     monkeypatch.setattr(WaitFirst, "__call__", lambda self, nodes: graphs.append(len(nodes)) or nodes)

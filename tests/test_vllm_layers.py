@@ -13,6 +13,7 @@ from torch import nn
 from torch._inductor.utils import fresh_cache
 
 import matgptq
+import vllm_matgptq.compiler
 import vllm_matgptq.linear
 from matgptq.config import QuantConfig
 from matgptq.overlap import WaitFirst
@@ -257,7 +258,7 @@ def test_the_norm_of_a_sum_is_part_of_the_call_after_it(gated, monkeypatch):
         return (SiluAndMul.forward_native(y) if gated else y), total
 
     x, residual = (torch.randn(5, COLUMNS).bfloat16() for _ in range(2))
-    passes = {"post_grad_custom_pre_pass": vllm_matgptq.linear.FuseLinears()}
+    passes = {"post_grad_custom_pre_pass": vllm_matgptq.compiler.FuseLinears()}
     with fresh_cache(), torch.inference_mode():
         got = torch.compile(forward, fullgraph=True, dynamic=True, options=passes)(x, residual)
         want = forward(x, residual)
@@ -284,7 +285,7 @@ def test_gate_and_up_are_one_call_with_what_follows_them(gated, monkeypatch):
         return SiluAndMul.forward_native(y if gated else y.flip(-1))
 
     x = torch.randn(5, COLUMNS).bfloat16()
-    passes = {"post_grad_custom_pre_pass": vllm_matgptq.linear.FuseLinears()}
+    passes = {"post_grad_custom_pre_pass": vllm_matgptq.compiler.FuseLinears()}
     with fresh_cache():
         got = torch.compile(forward, fullgraph=True, dynamic=True, options=passes)(x)
     assert len(calls) == gated
@@ -308,15 +309,15 @@ def test_what_the_compiler_is_told(monkeypatch):
     def options(**asked):
         config = SimpleNamespace(compilation_config=CompilationConfig(inductor_compile_config=asked))
         before = config.compilation_config.compute_hash()
-        vllm_matgptq.linear.set_compile_options(config)
+        vllm_matgptq.compiler.set_compile_options(config)
         found = config.compilation_config.inductor_compile_config
         assert config.compilation_config.compute_hash() != before
-        assert isinstance(found["post_grad_custom_pre_pass"], vllm_matgptq.linear.FuseLinears)
+        assert isinstance(found["post_grad_custom_pre_pass"], vllm_matgptq.compiler.FuseLinears)
         return {name: found.get(name) for name in ("triton.enable_pdl", "_post_fusion_custom_pass")}
 
     nothing = {"triton.enable_pdl": None, "_post_fusion_custom_pass": None}
     assert options() == nothing  # no GPU
-    monkeypatch.setattr(vllm_matgptq.linear, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setattr(vllm_matgptq.compiler, "current_platform", SimpleNamespace(is_cuda=lambda: True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert options() == nothing
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))

@@ -5,8 +5,8 @@ and a width of its own. Neighbours that are stored alike become one `MatGPTQLine
 one width are one call.
 
 torch.compile sees one op a layer, ``vllm_matgptq::linear``, which finds the layer when it runs. So compiled code, and
-vLLM's cache of it, holds for every width, and similar layers share it. Compiled, ``silu(gate) * up`` is the end of the
-call that computes gate and up (`matgptq.inductor.gate_linears`).
+vLLM's cache of it, holds for every width, and similar layers share it. `compiler` makes what is around a layer part of
+its call there.
 """
 
 from __future__ import annotations
@@ -18,24 +18,21 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, fx, nn
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.platforms import current_platform
 
-from matgptq import inductor
 from matgptq.kernels.matmul import buckets, warmup
 from matgptq.kernels.op import add_rms_norm, silu_and_mul
 from matgptq.kernels.packing import TILE
 from matgptq.kernels.tiles import can_implement
 from matgptq.linear import MatGPTQLinear
-from matgptq.overlap import OPTION, SCHEDULER_OPTION, WaitFirst
 from matgptq.packed import PackedLinear
 from matgptq.slicing import MAX_BITS, MIN_BITS
 
+from .compiler import set_compile_options
 from .shards import Shard
 
 if TYPE_CHECKING:
@@ -81,28 +78,6 @@ library.impl("linear", _linear, "CompositeExplicitAutograd")
 torch.library.register_fake("vllm_matgptq::linear", _linear_fake, lib=library)
 library.impl("normed_linear", _normed_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("vllm_matgptq::normed_linear", _normed_linear_fake, lib=library)
-
-
-class FuseLinears(CustomGraphPass):
-    """`matgptq.inductor.gate_linears` and `norm_linears` of ``vllm_matgptq::linear``."""
-
-    def __call__(self, graph: fx.Graph) -> None:
-        """Rewrite ``graph`` before it is lowered."""
-        inductor.gate_linears(graph, _gated_call)
-        inductor.norm_linears(graph, _normed_call)
-
-    def uuid(self) -> Any:
-        """What compiled code is cached by."""
-        return get_hash_for_files((__file__, inductor.__file__)).hex()  # vLLM writes it as JSON
-
-
-def _gated_call(node: fx.Node, size: int) -> tuple[Any, ...] | None:
-    return (*node.args[:2], size, True) if node.target is torch.ops.vllm_matgptq.linear.default else None
-
-
-def _normed_call(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
-    is_ours = node.target is torch.ops.vllm_matgptq.linear.default
-    return (torch.ops.vllm_matgptq.normed_linear.default, node.args[1:]) if is_ours else None
 
 
 class FusedLinear(nn.Module):
@@ -388,19 +363,6 @@ def check_cut(name: str, in_features: int, part: int, group_size: int) -> None:
             f"tensor_parallel_size must be one of {', '.join(map(str, sizes)) or 'none'} for {name}, whose "
             f"{in_features} in_features are stored in groups of {group_size}, got {in_features // part}"
         )
-
-
-def set_compile_options(vllm_config: Any) -> None:
-    """Have vLLM's compiler call `gate_linears`, and its kernels overlap with ours (`matgptq.overlap`).
-
-    Options that the user has set stay.
-    """
-    options: dict[str, Any] = vllm_config.compilation_config.inductor_compile_config
-    options.setdefault(inductor.PASS_OPTION, FuseLinears())
-    if not current_platform.is_cuda() or torch.cuda.get_device_capability()[0] < 9:
-        return
-    if OPTION not in options and SCHEDULER_OPTION not in options:
-        options |= {OPTION: True, SCHEDULER_OPTION: WaitFirst()}
 
 
 def token_counts(vllm_config: Any) -> list[int]:
