@@ -15,7 +15,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from kernel_checks import Checks, GatedLayer, GatedNormedLayer, Layer, NormedLayer, tokens
+from kernel_checks import Checks
+from kernel_layers import GatedLayer, GatedNormedLayer, Layer, NormedLayer, tokens
 
 from matgptq.kernels import launch, matmul
 from matgptq.kernels.hopper import HopperConfig
@@ -72,7 +73,7 @@ GATED = [  # few.cu, linear.cu by one block and by two of a cluster, a tile that
     (4, 180, 9728, 512, 128, False, False),
 ]
 
-NORMED = [  # few.cu by one block and by four of a cluster, several chunks of x; norm.cu before linear.cu and hopper.cu
+NORMED = [  # few.cu by one block and by four of a cluster, several chunks of x; norm.cu before the others
     (2, 1, 7000, 4096, 128, False, False),
     (4, 2, 320, 1168, -1, False, True),
     (2, 1, 17000, 1024, 128, False, False),
