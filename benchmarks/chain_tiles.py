@@ -20,40 +20,29 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from sweep_tiles import hopper_tiles, linear_tiles
 from torch import Tensor
 
 from matgptq.bench import Case, new_report, random_layer, time_calls
 from matgptq.bench_linear import MODELS
 from matgptq.kernels import stream
+from matgptq.kernels.hopper import HopperConfig
 from matgptq.kernels.launch import Launcher, compile_tiles, make_launcher
 from matgptq.kernels.problem import Problem
-from matgptq.kernels.stream import Config, fits, with_chunk
-from matgptq.kernels.tiles import AnyConfig, choose, defines
+from matgptq.kernels.stream import Config, grid
+from matgptq.kernels.tiles import AnyConfig, choose, defines, gated_choice, supports
 from matgptq.packed import PackedLinear
 
 KINDS = ("qkv", "o", "gate_up", "down")
 LAYERS = 6
-# Warps along rows and k, blocks of a cluster.
-SHAPES = [
-    (1, 4, 2),
-    (1, 8, 1),
-    (1, 8, 2),
-    (1, 8, 4),
-    (1, 16, 2),
-    (2, 4, 1),
-    (2, 4, 2),
-    (2, 4, 4),
-    (4, 2, 1),
-    (4, 2, 2),
-    (4, 2, 4),
-]
+SMS = 132  # of an H200
 
 
 def problems_of(model: str, tokens: int, bits: int, sm: int = 90) -> dict[str, Problem]:
@@ -65,15 +54,36 @@ def problems_of(model: str, tokens: int, bits: int, sm: int = 90) -> dict[str, P
     return found
 
 
-def tiles(p: Problem) -> Iterator[Config]:
-    """Tiles of few.cu and, where the input is not normed, linear.cu."""
-    fews = (True,) if p.normed or p.M > 2 else (True, False)
-    for few, (warps_n, warps_k, splits), turn_tiles, stages, blocks in itertools.product(
-        fews, SHAPES, (1, 2), (2, 3, 4), (1, 2)
-    ):
-        tile = Config(1, 1, turn_tiles, warps_n, warps_k, stages, blocks, splits, 0, few, p.gated, p.normed)
-        tile = with_chunk(p, tile)
-        if tile.threads * blocks <= 512 and not (p.gated and warps_n == 1) and fits(tile, p):
+def tiles(p: Problem) -> list[AnyConfig]:
+    """What may be worth a try: tiles of few.cu, linear.cu and hopper.cu, gated and normed as `choose` makes them."""
+    layer = replace(p.layer, normed=False)
+    found: list[AnyConfig] = [*_stream_tiles(layer), *_hopper_tiles(layer)]
+    if p.gated:
+        found = [gated_choice(p, tile) or tile for tile in found]
+    if p.normed and p.M == 1:
+        found = [replace(tile, normed=True) for tile in found if isinstance(tile, Config) and tile.few]
+    return [tile for tile in dict.fromkeys(found) if supports(tile, p)]
+
+
+def _stream_tiles(p: Problem) -> Iterator[Config]:
+    if p.M > 8:
+        return
+    for tile in linear_tiles(p):
+        blocks = math.prod(grid(p, tile)) // tile.splits
+        split = tile.splits == 1 or (tile.splits in (2, 4) and blocks < 2 * SMS)
+        turns = (2, 3, 4) if tile.few else (2, 3)
+        fair = tile.row_tiles == 1 and tile.stages in turns and tile.threads * tile.blocks <= 512
+        if split and fair and 2 * blocks * tile.splits >= SMS:
+            yield tile
+
+
+def _hopper_tiles(p: Problem) -> Iterator[HopperConfig]:
+    if p.M <= 4:
+        return
+    for tile in hopper_tiles(p):
+        blocks = -(-p.N // tile.rows) * tile.splits
+        fair = tile.splits == 1 or (tile.splits != 5 and blocks <= SMS * tile.blocks)
+        if fair and 2 * blocks >= SMS and tile.tokens < p.M + 8 and not tile.stream_k:
             yield tile
 
 
@@ -93,7 +103,7 @@ class Chain:
 
         self.outputs = {kind: room(p.N) for kind, p in problems.items()}
         self.attended, self.sums = room(problems["o"].K), [room(hidden), room(hidden)]
-        self.norm = torch.ones(hidden, device=device, dtype=torch.bfloat16)
+        self.norms = torch.ones(2 * LAYERS, hidden, device=device, dtype=torch.bfloat16)
 
     def run(self, launchers: dict[str, Launcher]) -> Tensor:
         """All layers once."""
@@ -108,10 +118,11 @@ class Chain:
         first, second = (total.data_ptr() for total in self.sums)
         y = self.outputs["down"]
         for i in range(LAYERS):
-            q = call("qkv", i, y, first, self.norm.data_ptr(), second, 1e-5)
+            before, after = (self.norms[n].data_ptr() for n in (2 * i, 2 * i + 1))
+            q = call("qkv", i, y, first, before, second, 1e-5)
             torch.sin(q[:, : self.attended.shape[1]], out=self.attended)
             y = call("o", i, self.attended)
-            y = call("gate_up", i, y, second, self.norm.data_ptr(), first, 1e-5)
+            y = call("gate_up", i, y, second, after, first, 1e-5)
             y = call("down", i, y)
         return y
 

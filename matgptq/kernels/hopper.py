@@ -322,11 +322,18 @@ def _tiles_of_few_tokens(p: Problem, t: int) -> Iterator[HopperConfig]:
     few_planes, some_planes = p.planes <= 3, p.planes <= 6
     if rows <= 22 and two:
         yield HopperConfig(1, 1, t, 2, 2, 6)
+    if t <= 16:  # as a step has them
+        if rows <= 66 and not short:
+            yield _lengthened(p, HopperConfig(1, 1, t, 2, 1, 2))
+        if t == 8 and 66 < rows <= 132 and short and not some_planes:
+            yield HopperConfig(1, 1, t, 4, 1, 1)
+        if 264 < rows <= 528 and p.planes >= 3:
+            yield _lengthened(p, HopperConfig(4, 1, t, 1, 1, 1), some_planes or t == 8)
     if rows <= 132:
         if two and t <= 16 and (few_planes or (t == 8 and (short or rows > 66))):
             yield _lengthened(p, HopperConfig(1, 1, t, 2, 2, 2), some_planes)
         if rows <= 66:
-            if two and short and p.planes <= (5 if t == 32 else 6):
+            if two and short and p.planes <= (5 if t == 32 else 6 if t > 16 else 8):
                 yield HopperConfig(1, 1, t, 2, 2, 2)
             yield _lengthened(p, HopperConfig(1, 1, t, 2, 1, 2), some_planes and not short)
         yield _lengthened(p, HopperConfig(1, 1, t, 2, 1, 1), some_planes)

@@ -97,13 +97,14 @@ def _inbox_bytes(problem: Problem, config: Config) -> int:
 
 
 def shared_bytes(problem: Problem, config: Config) -> int:
-    """Dynamic shared memory of a block; of a normed tile with one block an SM so much that there is no second.
+    """Dynamic shared memory of a block; of some tiles with one block an SM so much that there is no second.
 
-    Such a block starts while others' still run. Where two fit an SM they would be given the first ones that are free,
-    and other SMs none: H200, 2026-11-30, a layer of Llama-3.1-8B at 4 bits 43.6 us, 40.9 so (Qwen3-14B 62.4, 61.1).
+    A block starts while others' still run. Where two fit an SM they would be given the first ones that are free, and
+    other SMs none. H200, a layer of Llama-3.1-8B: 2026-11-30, one token, 4 bits 43.6 us, 40.9 so; 2026-12-01, 4 tokens
+    by linear.cu, 2 bits 45.0, 40.7. few.cu's tiles that are not normed took up to 8 % longer so.
     """
     needed = inbox_offset(problem, config) + _inbox_bytes(problem, config)
-    alone = config.normed and config.blocks == 1
+    alone = config.blocks == 1 and (config.normed or not config.few)
     return max(needed, (problem.shared_limit + 1) * 512) if alone else needed
 
 
@@ -151,7 +152,7 @@ def _few_tiles(p: Problem) -> Iterator[Config]:
         splits = splits if p.sm >= 90 else 1
         return with_chunk(p, Config(1, 1, turn_tiles, warps_n, warps_k, stages, blocks, splits, 0, True))
 
-    if p.M == 1 and p.sm >= 90:
+    if p.sm >= 90:
         yield from (tile(*fields) for fields in _tiles_in_a_step(p))
     if rows >= 256:
         if planes == 4 and short and rows <= 264:
@@ -212,12 +213,12 @@ def _tiles_in_a_step(p: Problem) -> Iterator[tuple[int, int, int, int, int, int]
         yield 1, 4, 2, 2, 1, 1
     if not 36 <= rows <= 80:
         return
-    if 40 < k <= 96 and not p.normed:
+    if 40 < k <= 96 and not p.normed and p.M == 1:
         if planes <= 3:
             yield 2, 1, 4, 3, 2, 1
         elif planes == 4 and k > 64:
             yield 2, 4, 2, 4, 4, 1
-    if k > 128 and 5 <= planes <= 6:
+    if k > 128 and 5 <= planes <= 6 and (p.M == 1 or rows <= 66):
         yield 1, 1, 8, 3, 2, 1
     elif k > 128 and planes <= 4 and 48 < rows <= 66:
         yield {2: (2, 1, 16, 2, 2, 1), 3: (2, 1, 8, 4, 2, 1), 4: (2, 1, 8, 3, 2, 1)}[planes]
@@ -311,7 +312,9 @@ def _three_to_eight(p: Problem, two: int) -> tuple[int, int, int, int, int, int]
             return 2, 1, 4, 2, two, 4
         if rows <= 66:
             return (1, 1, 16, 2, 1, 2) if k >= 128 else (1, 1, 8, 2, 1, 2)
-        if rows <= 96:
+        if rows <= 84 and (p.M <= 4 or k <= 96):
+            return 1, 1, 4, 2, two, 4
+        if rows <= 96 or (rows <= 132 and k <= 96):
             return 1, 2, 4, 2, two, 4
         if rows <= 132:
             return 1, 1, 8, 2, two, 2
@@ -319,19 +322,25 @@ def _three_to_eight(p: Problem, two: int) -> tuple[int, int, int, int, int, int]
             return (1, 4, 2, 2, two, 4) if rows <= 192 else (1, 4, 4, 2, 1, 2) if p.M <= 4 else (1, 2, 8, 3, 1, 1)
         if rows <= 400:
             return 1, 1, 8, 2, two, 1
-        return (1, 4, 4, 2, 1, 1) if rows <= 528 else (2, 1, 4, 2, two, 1)
+        return (1, 4, 4, 2, 1, 1) if rows <= 528 else (1, 4, 2, 2, two, 4) if k <= 96 else (2, 1, 4, 2, two, 1)
     if rows <= 48:
         return 2, 2, 4, 2, 2, 4
     if rows <= 66:
         return 2, 1, 8, 2, 1, 2
+    if rows <= 84 and k <= 96:
+        return 1, 1, 4, 3, 2, 4
+    if rows <= 132 and k <= 96:
+        return 2, 4, 2, 3 if p.planes <= 3 else 2, 2, 4
     if rows <= 96:
-        return (2, 4, 4, 2, 1, 4) if k >= 256 else (2, 2, 4, 2, 2, 4)
+        return (2, 2, 4, 2, 2, 4) if k < 256 else (2, 1, 4, 2, 2, 4) if rows <= 84 and p.M <= 4 else (2, 4, 4, 2, 1, 4)
     if rows <= 132:
         return (2, 2, 4, 2, 1, 2) if p.planes == 2 or p.M > 4 else (1, 2, 8, 2, 1, 2)
     if rows <= 192:
         return 2, 4, 2, 2, 2, 4
     if rows <= 264:
         return (2, 4, 4, 2, 1, 2) if p.planes <= 3 else (2, 4, 2, 2, 1, 2)
+    if rows > 528 and k <= 96:
+        return 2, 4, 2, 3 if p.planes <= 3 else 2, 2, 4
     return (2, 4, 4, 2, 1, 1) if rows <= 528 else (2, 1, 8, 2, 2, 1)
 
 
