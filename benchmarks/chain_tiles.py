@@ -3,13 +3,13 @@
     PYTHONPATH=. python benchmarks/chain_tiles.py --models llama-3.1-8b --bits 2 3 4 --out chain_tiles.json
 
 A call that is alone in a benchmark starts while its like ends. In a step it starts while a layer of another shape ends,
-and waits for what that one writes. So six layers of a model run here in a CUDA graph: q, k and v (normed), a kernel in
-place of attention, the output layer, gate and up (normed and gated), down. Kind by kind the tile is exchanged for
-others, and the best is kept for the kinds after it. --chosen times two ways only: tiles as they are chosen, and as they
-would be by times of calls alone. Bfloat16, groups of 128, random codes; only time is looked at
-(`gpu_check.py` compares with float64). A row of the results is the model, tokens, bits, kind, kernel, the tile (the
-fields of `stream.Config` in order), and microseconds a layer of the model, all four kinds; with --chosen the model,
-tokens, bits, and microseconds of both ways. Exits with 2 if there is no CUDA GPU.
+and waits for what that one writes. So six layers of a model run here in a CUDA graph: q, k and v, a kernel in place of
+attention, the output layer, gate and up (gated), down, with the norms between them. Kind by kind the tile is exchanged
+for others, and the best is kept for the kinds after it. --chosen times two ways only: tiles as they are chosen, and as
+they would be by times of calls alone. Bfloat16, groups of 128, random codes; only time is looked at (`gpu_check.py`
+compares with float64). A row of the results is the model, tokens, bits, kind, kernel, the tile (its fields in order),
+and microseconds a layer of the model, all four kinds; with --chosen the model, tokens, bits, and microseconds of both
+ways. Exits with 2 if there is no CUDA GPU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from matgptq.bench_linear import MODELS
 from matgptq.kernels import stream
 from matgptq.kernels.hopper import HopperConfig
 from matgptq.kernels.launch import Launcher, compile_tiles, make_launcher
-from matgptq.kernels.problem import Problem
+from matgptq.kernels.problem import MEAN_ROWS, Problem
 from matgptq.kernels.stream import Config, grid
 from matgptq.kernels.tiles import AnyConfig, choose, defines, gated_choice, supports
 from matgptq.packed import PackedLinear
@@ -49,19 +49,17 @@ def problems_of(model: str, tokens: int, bits: int, sm: int = 90) -> dict[str, P
     """What a layer of a model asks of the kernels, by kind."""
     found = {}
     for kind, (N, K) in zip(KINDS, MODELS[model], strict=True):
-        gated, normed = kind == "gate_up", kind in ("qkv", "gate_up")
-        found[kind] = Problem(tokens, N // 2 if gated else N, K, bits, "bfloat16", sm=sm, gated=gated, normed=normed)
+        gated, scaled = kind == "gate_up", kind in ("qkv", "gate_up")
+        p = Problem(tokens, N // 2 if gated else N, K, bits, "bfloat16", sm=sm, gated=gated)
+        found[kind] = replace(p, scaled=scaled, summed=not scaled)
     return found
 
 
 def tiles(p: Problem) -> list[AnyConfig]:
-    """What may be worth a try: tiles of few.cu, linear.cu and hopper.cu, gated and normed as `choose` makes them."""
-    layer = replace(p.layer, normed=False)
-    found: list[AnyConfig] = [*_stream_tiles(layer), *_hopper_tiles(layer)]
+    """What may be worth a try: tiles of few.cu, linear.cu and hopper.cu, gated as `choose` makes them."""
+    found: list[AnyConfig] = [*_stream_tiles(p.layer), *_hopper_tiles(p.layer)]
     if p.gated:
         found = [gated_choice(p, tile) or tile for tile in found]
-    if p.normed and p.M == 1:
-        found = [replace(tile, normed=True) for tile in found if isinstance(tile, Config) and tile.few]
     return [tile for tile in dict.fromkeys(found) if supports(tile, p)]
 
 
@@ -103,6 +101,7 @@ class Chain:
 
         self.outputs = {kind: room(p.N) for kind, p in problems.items()}
         self.attended, self.sums = room(problems["o"].K), [room(hidden), room(hidden)]
+        self.means = torch.ones(tokens, hidden // MEAN_ROWS, device=device) * (MEAN_ROWS / hidden)
         self.norms = torch.ones(2 * LAYERS, hidden, device=device, dtype=torch.bfloat16)
 
     def run(self, launchers: dict[str, Launcher]) -> Tensor:
@@ -115,15 +114,17 @@ class Chain:
             launchers[kind](queue, len(x), *addresses, 0, 0, y.data_ptr(), *rest)
             return y
 
+        means = self.means.data_ptr()
+        scaled = (means, 0, 0, 0, 0.0) if self.problems["qkv"].shares_norm else ()
         first, second = (total.data_ptr() for total in self.sums)
         y = self.outputs["down"]
         for i in range(LAYERS):
             before, after = (self.norms[n].data_ptr() for n in (2 * i, 2 * i + 1))
-            q = call("qkv", i, y, first, before, second, 1e-5)
+            q = call("qkv", i, y, *scaled)
             torch.sin(q[:, : self.attended.shape[1]], out=self.attended)
-            y = call("o", i, self.attended)
-            y = call("gate_up", i, y, second, after, first, 1e-5)
-            y = call("down", i, y)
+            y = call("o", i, self.attended, means, first, before, second, 1e-5)
+            y = call("gate_up", i, y, *scaled)
+            y = call("down", i, y, means, second, after, first, 1e-5)
         return y
 
     def microseconds(self, configs: dict[str, AnyConfig]) -> float:
@@ -138,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=["llama-3.1-8b"], metavar="MODEL")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="widths, bits")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="tokens a call, 1 or 2")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="tokens a call, to 16")
     parser.add_argument("--chosen", action="store_true", help="no other tiles than those that are or would be chosen")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()

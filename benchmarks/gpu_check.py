@@ -32,7 +32,7 @@ from kernel_checks import (
     check_determinism,
     check_gated,
     check_graph,
-    check_normed,
+    check_norms,
     check_older_gpus,
     check_products,
     problem_of,
@@ -85,7 +85,7 @@ def part_checks(options: argparse.Namespace) -> str:
     check_decoding(checks)
     check_products(checks, options.quick)
     check_gated(checks)
-    check_normed(checks)
+    check_norms(checks)
     check_older_gpus(checks)
     check_determinism(checks)
     check_graph(checks)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from kernel_layers import DTYPES, GatedLayer, GatedNormedLayer, Layer, NormedLayer, tokens
+from kernel_layers import DTYPES, GatedLayer, Layer, Normed, tokens
 from torch import Tensor
 
 from matgptq.kernels.launch import make_launcher
@@ -58,7 +58,7 @@ class Checks:
             if len(self.failures) <= 40:
                 print("FAILED", name, flush=True)
 
-    def close(self, layer: Layer, x: Tensor, name: str) -> None:
+    def close(self, layer: Layer | Normed, x: Tensor, name: str) -> None:
         """Compare a product with float64."""
         poison()
         dtype = str(x.dtype).split(".")[-1]
@@ -229,34 +229,55 @@ def check_gated(checks: Checks) -> None:
         checks.expect(torch.equal(gated(x), gated(x)), f"gated, same bits again {options} {M=}")
 
 
-def normed_cases() -> Iterator[tuple[dict[str, Any], int]]:
-    """(layer options, M) of layers whose input is normed: every width, and every kind of tile that models get."""
-    shapes = [(98, 128), (1536, 576), (6144, 4096), (28672, 512), (4096, 8192), (7168, 5120)]
+def norm_cases() -> Iterator[tuple[dict[str, Any], int]]:
+    """(layer options, M) of layers before or after a norm: every width, and every kind of tile that models get."""
+    shapes = [(112, 128), (1536, 576), (6144, 4096), (4096, 1024), (4096, 8192), (7168, 5120)]
     ways = itertools.cycle(itertools.product((False, True), ((False, "round"), (True, "round"), (True, "prefix"))))
-    for (N, K), M, bits, dtype in itertools.product(shapes, (1, 2, 3, 16, 70), range(2, 9), DTYPES):
+    for (N, K), M, bits in itertools.product(shapes, (1, 2, 3, 16, 70), range(2, 9)):
         zeros, (resident, rule) = next(ways)
-        layer = {"N": N, "K": K, "bits": bits, "dtype": dtype, "group_size": 64, "zeros": zeros, "resident": resident}
-        yield {**layer, "rule": rule, "bias": bits % 2 == 0}, M
-    for (N, K), M, bits in itertools.product(
-        [(7168, 5120), (6144, 2560), (28672, 4096), (9728, 8192), (9728, 2560)], (1, 2), range(2, 9)
-    ):
+        layer = {"N": N, "K": K, "bits": bits, "group_size": 64, "zeros": zeros, "resident": resident, "rule": rule}
+        yield {**layer, "dtype": "float16" if bits == 4 and M < 16 else "bfloat16", "bias": bits % 2 == 0}, M
+    shapes = [(7168, 5120), (10240, 5120), (5120, 8192), (5120, 5120), (6144, 2560), (2560, 9728), (4096, 12288)]
+    shapes += [(5120, 17408), (9728, 2560), (14336, 4096), (17408, 5120), (28672, 8192)]
+    for (N, K), M, bits in itertools.product(shapes, (1, 2, 6), (2, 3, 4, 6, 8)):
         yield {"N": N, "K": K, "bits": bits, "dtype": "bfloat16"}, M
 
 
-def check_normed(checks: Checks) -> None:
-    """Layers of RMSNorm of a sum, by a kernel that norms its input or after norm.cu; some of them gated."""
-    cases = [(kind, *case) for kind in (NormedLayer, GatedNormedLayer) for case in normed_cases()]
-    cases = [case for case in cases if case[0] is NormedLayer or case[1]["N"] % 64 == 0]
-    warmup([replace(problem_of(o, M), gated=kind is GatedNormedLayer, normed=True) for kind, o, M in cases])
-    for kind, options, M in cases:
-        layer, x = kind(**options), tokens(M, options["K"], options["dtype"])
-        name = f"{kind.__name__} {options} {M=}"
-        checks.close(layer, x, name)
-        y, total = layer.results(x)
-        checks.expect(torch.equal(total, layer.sum(x)), f"sum, {name}")
-        checks.expect(torch.equal(y, layer(x)), f"same bits again, {name}")
+def norm_pairs() -> Iterator[tuple[bool, dict[str, Any], dict[str, Any], int]]:
+    """Whether the second layer is gated, options of both, and M: `norm_cases` as the first and as the second layer."""
+    for options, M in norm_cases():
+        small = {**options, "bits": 4, "zeros": False, "resident": False, "bias": False, "rule": "round"}
+        if options["N"] % 64 == 0:  # whole groups
+            yield False, options, {**small, "N": 128, "K": options["N"]}, M
+        yield False, {**small, "N": options["K"], "K": 128}, options, M
+        if options["N"] % 64 == 0:
+            yield True, {**small, "N": options["K"], "K": 128}, options, M
+
+
+def check_norms(checks: Checks) -> None:
+    """Layers around RMSNorm of a sum, which share it or not."""
+    pairs = list(norm_pairs())
+    warmup([replace(problem_of(first, M), summed=True) for _, first, _, M in pairs])
+    warmup([replace(problem_of(second, M), scaled=True, gated=gated) for gated, _, second, M in pairs])
+    for gated, first, second, M in pairs:
+        pair = Normed(Layer(**first), (GatedLayer if gated else Layer)(**second))
+        x, dtype = tokens(M, first["K"], first["dtype"]), first["dtype"]
+        name = f"norm between {first} and {'gated ' * gated}{second} {M=}"
+        poison()
+        z, total, means = pair.sums(x)
+        y, mean = pair(x), total.double().pow(2).mean(-1) + pair.eps
+        wanted = pair.sum(x), pair.product(x, total)
+        errors = [relative_error(*both) for both in zip((total, y), wanted, strict=True)]
+        checks.worst[dtype] = max(checks.worst.get(dtype, 0), *errors)
+        checks.expect(max(errors) <= TOLERANCE[dtype], f"{name}: relative errors {errors}")
+        if problem_of(first, M).shares_norm:
+            exact = torch.equal(z, pair.z(x, total)) and torch.allclose(means.double().sum(-1), mean, rtol=1e-5)
+        else:
+            exact = torch.equal(means.sum(-1), torch.ones_like(means[:, 0]))
+        checks.expect(exact, f"z and means, {name}")
+        checks.expect(torch.equal(y, pair(x)), f"same bits again, {name}")
         x[-1] *= 1e-3  # a token's result does not depend on what the others hold
-        checks.expect(torch.equal(y[:-1], layer(x)[:-1]), f"other tokens, {name}")
+        checks.expect(torch.equal(y[:-1], pair(x)[:-1]), f"other tokens, {name}")
 
 
 def check_older_gpus(checks: Checks) -> None:

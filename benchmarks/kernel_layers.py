@@ -1,4 +1,4 @@
-"""Random layers on a GPU, plain, normed and gated, by the kernels and in float64: what `kernel_checks` compares."""
+"""Random layers on a GPU, plain, gated and around a norm, by the kernels and in float64, for `kernel_checks`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from matgptq.kernels.matmul import matmul
-from matgptq.kernels.op import normed_linear
 from matgptq.kernels.packing import pack_codes, pack_scales
+from matgptq.kernels.shared_norm import scaled_linear, summed_linear
 from matgptq.slicing import slice_codes
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -56,11 +56,18 @@ class Layer:
             "out_features": N,
             "rule": rule,
             "resident": resident,
+            "gated": False,
         }
+        self.operands = (self.planes, self.scales, self.zeros, self.bias)
+
+    @property
+    def in_features(self) -> int:
+        """Columns of x."""
+        return int(self.options["in_features"])
 
     def __call__(self, x: Tensor) -> Tensor:
         """The kernels' product."""
-        return matmul(x, self.planes, self.scales, self.zeros, self.bias, **self.options)
+        return matmul(x, *self.operands, **self.options)
 
     def reference(self, x: Tensor) -> Tensor:
         """The product in float64."""
@@ -81,37 +88,43 @@ class GatedLayer(Layer):
         return torch.nn.functional.silu(gate) * up
 
 
-class NormedLayer(Layer):
-    """A layer of ``rms_norm(x + residual)``; residual and norm are random."""
+class Normed:
+    """Two layers with RMSNorm of a sum between them; residual and norm are random."""
 
     eps = 1e-5
 
-    def _others(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = str(x.dtype).split(".")[-1]
-        M, K = x.shape
-        return tokens(M, K, dtype, seed=2), tokens(1, K, dtype, seed=3)[0]
+    def __init__(self, first: Layer, second: Layer) -> None:
+        self.first, self.second, self.in_features = first, second, first.in_features
 
-    def results(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The kernels' product and sum."""
-        operands = (self.planes, self.scales, self.zeros, self.bias)
-        return normed_linear(x, *self._others(x), self.eps, *operands, **{"gated": False, **self.options})
+    def _others(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        dtype, size = str(x.dtype).split(".")[-1], self.first.options["out_features"]
+        return tokens(len(x), size, dtype, seed=2), tokens(1, size, dtype, seed=3)[0]
+
+    def sums(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z, sum and means of the first layer's kernel."""
+        return summed_linear(x, *self._others(x), self.eps, *self.first.operands, **self.first.options)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The kernels' product."""
-        return self.results(x)[0]
+        z, _, means = self.sums(x)
+        return scaled_linear(z, means, *self.second.operands, **self.second.options)
+
+    def product(self, x: Tensor, total: Tensor) -> Tensor:
+        """The second layer's product in float64, from the sum."""
+        h, norm = total.double(), self._others(x)[1].double()
+        return self.second.reference(h / torch.sqrt(h.pow(2).mean(-1, keepdim=True) + self.eps) * norm)
 
     def sum(self, x: Tensor) -> Tensor:
-        """What the kernels are to return beside the product."""
-        return x + self._others(x)[0]
+        """The sum in float64."""
+        return self.first.reference(x) + self._others(x)[0].double()
 
     def reference(self, x: Tensor) -> Tensor:
         """The product in float64."""
-        h, norm = self.sum(x).double(), self._others(x)[1].double()
-        return super().reference(h / torch.sqrt(h.pow(2).mean(-1, keepdim=True) + self.eps) * norm)
+        return self.product(x, self.sum(x))
 
-
-class GatedNormedLayer(NormedLayer, GatedLayer):
-    """The same of two layers, gated."""
+    def z(self, x: Tensor, total: Tensor) -> Tensor:
+        """The sum times norm, in the sum's type."""
+        return total * self._others(x)[1]
 
 
 def tokens(M: int, K: int, dtype: str, seed: int = 1) -> Tensor:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 from kernel_checks import Checks
-from kernel_layers import GatedLayer, GatedNormedLayer, Layer, NormedLayer, tokens
+from kernel_layers import GatedLayer, Layer, Normed, tokens
 
 from matgptq.kernels import launch, matmul
 from matgptq.kernels.hopper import HopperConfig
@@ -73,17 +75,22 @@ GATED = [  # few.cu, linear.cu by one block and by two of a cluster, a tile that
     (4, 180, 9728, 512, 128, False, False),
 ]
 
-NORMED = [  # few.cu by one block and by four of a cluster, several chunks of x; norm.cu before the others
-    (2, 1, 7000, 4096, 128, False, False),
-    (4, 2, 320, 1168, -1, False, True),
-    (2, 1, 17000, 1024, 128, False, False),
-    (3, 1, 4500, 8192, 64, False, True),
+BEFORE_NORM = [  # few.cu by one block and by two of a cluster; linear.cu; norm.cu after the others
+    (2, 1, 17008, 1024, 128, False, False),
+    (4, 2, 4096, 1024, -1, False, True),
+    (3, 2, 320, 4096, 64, True, False),
     (4, 6, 192, 1024, 128, False, False),
     (4, 30, 320, 656, 16, True, False),
 ]
-GATED_NORMED = [
+AFTER_NORM = [  # the same
+    (2, 1, 7000, 4096, 128, False, False),
+    (4, 2, 320, 1168, -1, False, True),
+    (3, 1, 4500, 8192, 64, True, True),
+    (4, 12, 192, 1024, 128, False, False),
+]
+GATED_AFTER_NORM = [
     (2, 1, 14336, 1024, 128, False, False),
-    (4, 2, 320, 4096, 64, False, True),
+    (8, 2, 320, 4096, 64, False, True),
     (8, 20, 192, 1024, 128, False, False),
 ]
 
@@ -125,12 +132,24 @@ def room(size: int, device: int) -> torch.Tensor:
     return memory
 
 
-def check(checks: Checks, kind: type[Layer], bits: int, M: int, N: int, K: int, *rest: Any) -> None:
+def before_norm(N: int, *rest: Any, **options: Any) -> Normed:
+    """A layer, a norm and a small layer."""
+    layer = Layer(N, *rest, **options)
+    return Normed(layer, Layer(100, N, 4, rest[2], 16))
+
+
+def after_norm(N: int, K: int, *rest: Any, kind: type[Layer] = Layer, **options: Any) -> Normed:
+    """A small layer, a norm and a layer."""
+    return Normed(Layer(K, 128, 4, rest[1], 64), kind(N, K, *rest, **options))
+
+
+def check(checks: Checks, kind: Callable[..., Layer | Normed], bits: int, M: int, N: int, K: int, *rest: Any) -> None:
     """Compare a product with float64."""
     group_size, zeros, resident = rest
-    layer = kind(N, K, bits, "float16", group_size, "round", resident, zeros, bias=True)
-    name = f"{kind.__name__} {bits=} {M=} {N}x{K}"
-    checks.close(layer, tokens(M, K, "float16") * 0.3, name)
+    dtype = "float16" if isinstance(kind, type) else "bfloat16"  # in which norms are shared
+    layer = kind(N, K, bits, dtype, group_size, "round", resident, zeros, bias=True)
+    name = f"{getattr(kind, '__name__', 'gated after_norm')} {bits=} {M=} {N}x{K}"
+    checks.close(layer, tokens(M, layer.in_features, dtype) * 0.3, name)
     print(name, flush=True)  # a tool that is slow may be stopped: this far it came
 
 
@@ -144,11 +163,13 @@ def main() -> None:
         sys.exit(2)
     launch._room = room
     checks = Checks()
-    cases: list[tuple[type[Layer], tuple[Any, ...], AnyConfig | None]] = [(Layer, case, None) for case in CASES]
+    cases: list[tuple[Callable[..., Layer | Normed], tuple[Any, ...], AnyConfig | None]]
+    cases = [(Layer, case, None) for case in CASES]
     cases += [(GatedLayer, case, None) for case in GATED]
     cases += [(GatedLayer if tile.gated else Layer, case, tile) for case, tile in TILES]
-    cases += [(NormedLayer, case, None) for case in NORMED]
-    cases += [(GatedNormedLayer, case, None) for case in GATED_NORMED]
+    cases += [(before_norm, case, None) for case in BEFORE_NORM]
+    cases += [(after_norm, case, None) for case in AFTER_NORM]
+    cases += [(partial(after_norm, kind=GatedLayer), case, None) for case in GATED_AFTER_NORM]
     for kind, case, tile in cases[options.skip :]:
         matmul.bind.cache_clear()  # a case before may be the same problem, by the tile that `choose` takes
         chosen = mock.patch.object(matmul, "choose", return_value=tile) if tile else contextlib.nullcontext()

@@ -1,9 +1,9 @@
 """What Inductor, torch.compile's compiler, is told about a decoding step (`matgptq.decode`).
 
 Layers that share an input become one call (`join_linears`): q, k and v; gate and up. So does what follows gate and up,
-``silu(gate) * up`` (`gate_linears`), and what comes before, RMSNorm of a sum (`norm_linears`). From compute capability
-9 on, generated kernels overlap with ours (`matgptq.overlap`). That is right because every kernel waits for the end of
-the one before it, which has waited too, before it lets the next one start:
+``silu(gate) * up`` (`gate_linears`). The calls around RMSNorm of a sum take part in it (`norm_linears`). From compute
+capability 9 on, generated kernels overlap with ours (`matgptq.overlap`). That is right because every kernel waits for
+the end of the one before it, which has waited too, before it lets the next one start:
 
 - ours before they read x or write; earlier they read weights, which no kernel writes;
 - generated ones before they touch anything (`overlap.WaitFirst`);
@@ -32,9 +32,10 @@ from torch._inductor.pattern_matcher import (
 
 from . import overlap
 from .kernels.packing import TILE, follows
+from .kernels.problem import MEAN_ROWS
 
 _ONE, _SEVERAL = torch.ops.matgptq.packed_linear_at.default, torch.ops.matgptq.packed_linears_at.default
-_NORMED = torch.ops.matgptq.normed_linears_at.default
+_SUMMED, _SCALED = torch.ops.matgptq.summed_linear_at.default, torch.ops.matgptq.scaled_linears_at.default
 _aten = torch.ops.aten
 
 PASS_OPTION = "post_grad_custom_pre_pass"  # of torch._inductor.config: what rewrites the graph of ATen ops
@@ -55,7 +56,7 @@ class JoinLinears(CustomGraphPass):
         """Rewrite ``graph`` before it is lowered."""
         join_linears(graph)
         gate_linears(graph, gated_call)
-        norm_linears(graph, normed_call)
+        norm_linears(graph, summed_call, scaled_call)
 
     def uuid(self) -> Any:
         """What compiled code is cached by; torch 2.11 does not ask `overlap.WaitFirst`."""
@@ -168,46 +169,67 @@ def gated_call(node: fx.Node, size: int) -> tuple[Any, ...] | None:
     return *node.args, True
 
 
-Normed = Callable[[fx.Node], tuple[Any, tuple[Any, ...]] | None]
+Call = tuple[Any, tuple[Any, ...]]  # an op, and its last arguments
 
 
-def norm_linears(graph: fx.Graph, normed: Normed) -> None:
-    """Make an op of ``rms_norm(x + residual)`` one that takes x and residual, and returns their sum too.
+def norm_linears(
+    graph: fx.Graph, summed: Callable[[fx.Node], Call | None], scaled: Callable[[fx.Node], Call | None]
+) -> None:
+    """Make RMSNorm of a sum, which lies between two linear ops, part of these (`matgptq.kernels.shared_norm`).
 
     Args:
-        normed: of a node, the op that does so in its place, and that one's arguments from the fifth on: x, residual,
-            norm and eps come before them. None if there is no such op.
+        summed: of a node, the op that computes ``rms_norm(y + residual)`` in place of its y, and that one's arguments
+            behind x, residual, norm and eps. It returns z, the sum and means. None if there is no such op.
+        scaled: of a node whose input that is, the op that takes z and means, and that one's arguments behind them.
     """
-    for node in list(graph.nodes):
-        replacement = normed(node)
-        z = node.args[0] if replacement else None
+    for after in list(graph.nodes):
+        last = scaled(after)
+        z = after.args[0] if last else None
         found = (_norm_of_sum(z) or _vllm_norm(z)) if isinstance(z, fx.Node) and len(z.users) == 1 else None
-        if replacement is None or found is None or not all(_is_given(n) for n in node.all_input_nodes if n is not z):
-            continue  # what it needs may not be there yet where the sum is
-        (op, layers), (first, total, operands) = replacement, found
-        with graph.inserting_before(first):
-            call = graph.call_function(op, (*operands, *layers))
-            call.meta["val"] = (node.meta["val"], total.meta["val"])
-            for i, output in enumerate((node, total)):
-                value = graph.call_function(operator.getitem, (call, i))
-                value.meta = {**output.meta}
-                output.replace_all_uses_with(value)
-        graph.erase_node(node)
+        if last is None or found is None:
+            continue
+        assert isinstance(z, fx.Node)
+        place, total, pair, norm = found
+        for before, residual in itertools.permutations(pair, 2):
+            first = summed(before) if len(before.users) == 1 else None
+            if first is None:
+                continue
+            with graph.inserting_before(place):
+                call = graph.call_function(first[0], (before.args[0], residual, *norm, *first[1]))
+                value = before.meta["val"]
+                means = value.new_empty((*value.shape[:-1], value.shape[-1] // MEAN_ROWS), dtype=torch.float32)
+                call.meta["val"] = (z.meta["val"], total.meta["val"], means)
+                outputs = [graph.call_function(operator.getitem, (call, i)) for i in range(3)]
+            for output, meta in zip(outputs, (z.meta, total.meta, {"val": means}), strict=True):
+                output.meta = {**meta}
+            with graph.inserting_before(after):
+                y = graph.call_function(last[0], (outputs[0], outputs[2], *last[1]))
+            y.meta["val"] = after.meta["val"]
+            after.replace_all_uses_with(y)
+            total.replace_all_uses_with(outputs[1])
+            graph.erase_node(after)
+            break
     graph.eliminate_dead_code()
 
 
-def normed_call(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+def summed_call(node: fx.Node) -> Call | None:
+    """`norm_linears`' argument for `packed_linear_at`."""
+    return (_SUMMED, node.args[1:]) if node.target is _ONE and node.args[7] % MEAN_ROWS == 0 else None  # type: ignore[operator]
+
+
+def scaled_call(node: fx.Node) -> Call | None:
     """`norm_linears`' argument for `packed_linear_at` and for the calls that `join_linears` and `gate_linears` make."""
     if node.target is _SEVERAL:
-        return _NORMED, node.args[1:]
+        return _SCALED, node.args[1:]
     if node.target is not _ONE:
         return None
     _, planes, scales, zeros, bias, width, in_features, out_features, *rest = node.args
     optional = ([] if v is None else [v] for v in (zeros, bias))
-    return _NORMED, ([planes], scales, *optional, [width], in_features, [out_features], *rest)
+    return _SCALED, ([planes], scales, *optional, [width], in_features, [out_features], *rest)
 
 
-NormOfSum = tuple[fx.Node, fx.Node, tuple[Any, ...]]  # the first node of it, the sum, and x, residual, norm and eps
+# The first node of it, the sum, what is added up, norm and eps.
+NormOfSum = tuple[fx.Node, fx.Node, tuple[fx.Node, fx.Node], tuple[fx.Node, float]]
 
 
 def _norm_of_sum(z: fx.Node) -> NormOfSum | None:
@@ -223,8 +245,7 @@ def _norm_of_sum(z: fx.Node) -> NormOfSum | None:
             total = _converted(h, torch.float32)
             x, residual = _operands(total, _aten.add.Tensor, 2) or (None, None)
             if _alike(x, residual, total, z) and _is_weight(norm) and isinstance(eps, float):
-                assert total is not None
-                return total, total, (x, residual, norm, eps)
+                return total, total, (x, residual), (norm, eps)  # type: ignore[return-value]
     return None
 
 
@@ -241,7 +262,7 @@ def _vllm_norm(z: fx.Node) -> NormOfSum | None:
     total = next((user for user in node.users if user.args[1] == 1), None)
     if total is None or size not in ([], [None]) or not _is_weight(norm) or not _alike(x, residual, total, z):
         return None
-    return node, total, (x, residual, norm, eps)
+    return node, total, (x, residual), (norm, eps)
 
 
 def _operands(node: Any, target: Any, count: int) -> tuple[Any, ...]:

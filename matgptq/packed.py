@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.matmul import warmup as compile_and_load
-from .kernels.op import normed_linear, packed_linear, packed_linear_at
+from .kernels.op import packed_linear, packed_linear_at
 from .kernels.packing import TILE, pack_codes, pack_scales, unpack, unpack_scales
+from .kernels.shared_norm import scaled_linear, summed_linear
 from .kernels.tiles import Problem
 from .linear import MatGPTQLinear, quantized_layers
 from .ops import inference_only
@@ -26,7 +27,7 @@ from .slicing import MAX_BITS
 
 logger = logging.getLogger(__name__)
 
-for op in ("packed_linear", "packed_linear_at", "packed_linears_at", "normed_linears_at"):
+for op in ("packed_linear", "packed_linear_at", "packed_linears_at", "summed_linear_at", "scaled_linears_at"):
     inference_only(op)
 
 
@@ -98,7 +99,7 @@ class PackedLinear(MatGPTQLinear):
         """Type of the activations."""
         return next(t.dtype for name, t in self.named_buffers() if name.startswith("scales"))
 
-    def problem(self, tokens: int, gated: bool = False, normed: bool = False) -> Problem:
+    def problem(self, tokens: int, gated: bool = False) -> Problem:
         """What the kernels are asked for a call of ``tokens`` tokens, on the GPU that the layer is on."""
         major, minor = torch.cuda.get_device_capability(self.planes.device)
         return Problem(
@@ -113,7 +114,6 @@ class PackedLinear(MatGPTQLinear):
             zeros=self.unit_zeros is not None,
             sm=10 * major + minor,
             gated=gated,
-            normed=normed,
         )
 
     @property
@@ -166,28 +166,29 @@ class PackedLinear(MatGPTQLinear):
             gated=gated,
         )
 
-    def normed(
-        self, x: Tensor, residual: Tensor, norm: Tensor, eps: float, gated: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """`forward` of ``rms_norm(x + residual)``, and the sum (`kernels.op.normed_linear`); x is not permuted."""
+    def summed(self, x: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """`kernels.shared_norm.summed_linear`; x is not permuted."""
+        operands, layer = self._call(False)
+        return summed_linear(x, residual, norm, eps, *operands, **layer)
+
+    def scaled(self, z: Tensor, means: Tensor, gated: bool = False) -> Tensor:
+        """`kernels.shared_norm.scaled_linear`; z is not permuted."""
+        operands, layer = self._call(gated)
+        return scaled_linear(z, means, *operands, **layer)
+
+    def _call(self, gated: bool) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
+        """`packed_linear`'s arguments but the first."""
         scales = f"scales_{self._bits}" if self._bits in self.own_widths else "scales"
-        return normed_linear(
-            x,
-            residual,
-            norm,
-            eps,
-            self.planes,
-            self.get_buffer(scales),
-            self.unit_zeros,
-            self.bias,
-            in_features=self.in_features,
-            out_features=self.out_features // 2 if gated else self.out_features,
-            bits=self._bits,
-            group_size=self.group_size,
-            rule=self.rule,
-            resident=self.resident,
-            gated=gated,
-        )
+        operands = (self.planes, self.get_buffer(scales), self.unit_zeros, self.bias)
+        return operands, {
+            "in_features": self.in_features,
+            "out_features": self.out_features // 2 if gated else self.out_features,
+            "bits": self._bits,
+            "group_size": self.group_size,
+            "rule": self.rule,
+            "resident": self.resident,
+            "gated": gated,
+        }
 
     def rows(self, start: int, stop: int) -> PackedLinear:
         """The layer that computes outputs ``start`` to ``stop`` alone, in the same memory, with a width of its own.

@@ -73,7 +73,7 @@ class Gpu:
     def launch(self, address, function, arguments, options):
         made = self.configurations[address]
         start = ctypes.c_uint64.from_address(arguments).value
-        params = ctypes.string_at(start, max(launch._NORMED.size, launch._HOPPER.size))
+        params = ctypes.string_at(start, max(launch._WITH_NORM.size, launch._HOPPER.size))
         clusters = [attribute.value.clusterDim.x for attribute in made.attrs if attribute.id == 4]
         grid = (made.gridDimX, made.gridDimY, made.gridDimZ)
         self.launched.append(dict(self.kernels[function][0])["KERNEL"])
@@ -113,11 +113,7 @@ class Layer:
         self.weight = (levels - zeros) * scales
 
     def reference(self, x):
-        """The result in float64; where x is normed, of three tensors and eps: x, residual, norm."""
-        if self.problem.normed:
-            x, residual, norm, eps = x
-            x = (x + residual).double()
-            x = x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + eps) * norm
+        """The result in float64."""
         y = x.double() @ self.weight.T
         y = y if self.bias is None else y + self.bias.double()
         if self.problem.gated:
@@ -125,21 +121,18 @@ class Layer:
             y = torch.nn.functional.silu(gate) * up
         return y
 
-    def run(self, gpu, x, config=None):
-        """The kernels' result, by the tile that `choose` takes, or by another."""
-        p, rest = self.problem, []
-        if p.normed:
-            x, residual, norm, eps = x
-            self.sum = torch.full_like(x, float("nan"))
-            rest = [residual.clone(), norm.clone(), self.sum]
+    def run(self, gpu, x, config=None, *, rest=()):
+        """The kernels' result, by the tile that `choose` takes, or by another; ``rest`` ends what is launched."""
+        p = self.problem
         operands = [x.clone(), self.planes, self.scales, self.zeros, self.bias]
         _check_operands(*operands, p)
         launcher = make_launcher(p, config or choose(p), 0)
         y = torch.full((p.M, p.N), float("nan"), dtype=x.dtype)
-        for tensor in (*filter(lambda v: v is not None, operands), y, *rest):
-            gpu.tensor(tensor)
-        addresses = (0 if v is None else v.data_ptr() for v in (*operands, y, *rest))
-        launcher(0, p.M, *addresses, *([eps] if p.normed else []))
+        for tensor in (*operands, y, *rest):
+            if isinstance(tensor, torch.Tensor):
+                gpu.tensor(tensor)
+        given = (v.data_ptr() if isinstance(v, torch.Tensor) else v or 0 for v in (*operands, y, *rest))
+        launcher(0, p.M, *given)
         return y
 
 

@@ -1,5 +1,7 @@
 """The eager call that goes past the dispatcher: what it launches, and when it must not be taken. A mock launches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -17,9 +19,10 @@ CPU = torch.device("cpu")
 class Launcher:
     """Writes down what it is asked to launch."""
 
-    def __init__(self, M, N, K, bits, dtype, group_size, rule, resident, zeros, gated, index, normed):
+    def __init__(self, M, N, K, bits, dtype, group_size, rule, resident, zeros, gated, index, norm):
         kind = str(dtype).removeprefix("torch.")
-        self.problem = Problem(M, N, K, bits, kind, group_size, resident, rule, zeros, gated=gated, normed=normed)
+        self.problem = Problem(M, N, K, bits, kind, group_size, resident, rule, zeros, gated=gated)
+        self.problem = replace(self.problem, **({norm: True} if norm else {}))
         self.checked = set()
         self.calls = []
 
@@ -68,32 +71,45 @@ def test_two_layers_gated_are_a_launch_of_its_own_kind(gpu):
     assert [(launcher.problem.N, launcher.problem.gated) for launcher in gpu] == [(64, True), (128, False)]
 
 
-def test_a_normed_layer_launches_what_is_added_too(gpu):
-    layer, norm = packed_layer(), torch.rand(256).half()
-    x, residual = torch.randn(3, 256, dtype=torch.half), torch.randn(256, 3, dtype=torch.half).T
-    y, total = layer.normed(x, residual, norm, 1e-5)
-    assert (y.shape, total.shape, y.dtype, total.dtype) == ((3, 128), (3, 256), x.dtype, x.dtype)
-    (launcher,) = gpu
-    assert launcher.problem.normed
-    ((*before, where, norm_at, total_at, eps),) = launcher.calls
-    assert before == [77, 3, x.data_ptr(), layer.planes.data_ptr(), layer.scales.data_ptr(), 0, 0, y.data_ptr()]
+def test_layers_around_a_norm_launch_what_they_share(gpu):
+    layer, norm = packed_layer(dtype="bfloat16"), torch.rand(128).bfloat16()
+    x, residual = torch.randn(2, 256).bfloat16(), torch.randn(128, 2).bfloat16().T
+    z, total, means = layer.summed(x, residual, norm, 1e-5)
+    assert (z.shape, total.shape, means.shape) == ((2, 128), (2, 128), (2, 8))
+    assert (z.dtype, total.dtype, means.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    (first,) = gpu
+    (call,) = first.calls
+    before, (means_at, where, *rest) = list(call[:8]), call[8:]
+    assert before == [77, 2, x.data_ptr(), layer.planes.data_ptr(), layer.scales.data_ptr(), 0, 0, z.data_ptr()]
     assert where != residual.data_ptr()  # rows that do not lie one after another are copied
-    assert (norm_at, total_at, eps) == (norm.data_ptr(), total.data_ptr(), 1e-5)
+    assert (means_at, *rest) == (means.data_ptr(), norm.data_ptr(), total.data_ptr(), 1e-5)
+    y = layer.scaled(x, torch.rand(2, 16), gated=True)
+    assert y.shape == (2, 64)
+    second = gpu[1]
+    assert (first.problem.summed, second.problem.scaled, second.problem.gated) == (True, True, True)
+    assert second.calls[0][7] == y.data_ptr()
+    assert second.calls[0][9:] == (0, 0, 0, 0.0)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"residual": torch.zeros(1, 256)}, r"residual must be torch.float16 \(1, 256\) on cpu, got torch.float32"),
-        ({"residual": torch.zeros(2, 256).half()}, r"residual must be .*, got torch.float16 \(2, 256\)"),
-        ({"norm": torch.ones(255).half()}, r"norm must be torch.float16 \(256,\) on cpu, got torch.float16 \(255,\)"),
+        ({"residual": torch.zeros(1, 128)}, r"residual must be torch.float16 \(1, 128\) on cpu, got torch.float32"),
+        ({"residual": torch.zeros(2, 128).half()}, r"residual must be .*, got torch.float16 \(2, 128\)"),
+        ({"norm": torch.ones(127).half()}, r"norm must be torch.float16 \(128,\) on cpu, got torch.float16 \(127,\)"),
         ({"eps": -1.0}, "eps must be at least 0, got -1.0"),
     ],
 )
 def test_what_is_added_must_fit(gpu, change, message):
-    given = {"residual": torch.zeros(1, 256).half(), "norm": torch.ones(256).half(), "eps": 1e-5, **change}
+    given = {"residual": torch.zeros(1, 128).half(), "norm": torch.ones(128).half(), "eps": 1e-5, **change}
     with pytest.raises(ValueError, match=message):
-        packed_layer().normed(torch.zeros(1, 256).half(), **given)
+        packed_layer().summed(torch.zeros(1, 256).half(), **given)
+
+
+@pytest.mark.parametrize("means", [torch.ones(1, 8), torch.ones(1, 16).half()])
+def test_means_must_fit(gpu, means):
+    with pytest.raises(ValueError, match=r"means must be torch.float32 \(1, 16\) on cpu, got torch.float"):
+        packed_layer().scaled(torch.zeros(1, 256).half(), means)
 
 
 def test_memory_that_was_replaced_is_checked_and_launched(gpu):

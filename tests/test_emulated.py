@@ -14,7 +14,7 @@ from matgptq.kernels.hopper import HopperConfig
 from matgptq.kernels.many import ManyConfig
 from matgptq.kernels.problem import Problem
 from matgptq.kernels.stream import Config, linear_choice
-from matgptq.kernels.tiles import choose, supports
+from matgptq.kernels.tiles import supports
 
 TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3}
 HOLDS = [(False, "round"), (True, "round"), (True, "prefix")]
@@ -80,37 +80,48 @@ def test_the_kernels_of_hopper(gpu, bits):
     assert launched >= {"linear", "hopper"}
 
 
-def normed_tokens(problem):
-    """x, residual and norm, with a token that is small beside the others, and eps."""
-    x, residual = (tokens(problem, seed) for seed in (1, 2))
-    x[-1] *= 1e-3
-    residual[-1] *= 1e-3
-    return x, residual, tokens(replace(problem, M=1), 3)[0], 1e-5
-
-
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_inputs_that_are_normed(gpu, bits):
-    ways = itertools.cycle(itertools.product(TOLERANCE, (False, True), HOLDS, (-1, 64, 128)))
+def test_layers_around_a_norm(gpu, bits):
+    ways = itertools.cycle(itertools.product((False, True), HOLDS, (-1, 64, 128)))
     for _ in range(5 * bits):
         next(ways)
-    for M, N, sm, gated in [
-        (1, 200, 90, False),
-        (2, 128, 90, True),
-        (2, 98, 80, False),
-        (5, 128, 90, True),
-        (20, 98, 90, False),
+    for M, N, sm, gated, dtype in [
+        (1, 208, 90, False, "bfloat16"),
+        (2, 128, 90, True, "bfloat16"),
+        (2, 128, 80, False, "bfloat16"),
+        (2, 112, 90, False, "float16"),
+        (5, 128, 90, True, "bfloat16"),
+        (20, 112, 90, False, "bfloat16"),
     ]:
-        dtype, zeros, (resident, rule), group_size = next(ways)
-        problem = Problem(M, N, 1152, bits, dtype, group_size, resident, rule, zeros, sm, gated, normed=True)
+        zeros, (resident, rule), group_size = next(ways)
+        problem = Problem(M, N, 1152, bits, dtype, group_size, resident, rule, zeros, sm)
+        first = Layer(replace(problem, summed=True), bias=bits % 2 == 0)
+        x, residual, norm = (tokens(replace(problem, K=size), seed) for size, seed in ((1152, 1), (N, 2), (N, 3)))
+        x[-1] *= 1e-3  # a token that is small beside the others
+        residual[-1] *= 1e-3
+        norm = norm[0].clone()
+        total, means = torch.full_like(residual, float("nan")), torch.full((M, N // 16), float("nan"))
         gpu.launched = []
-        few = M <= 2 and not zeros and choose(replace(problem, normed=False)).few
-        tile = replace(choose(replace(problem, normed=False)), normed=True) if few else choose(problem)
-        layer, x = Layer(problem, bias=bits % 2 == 0), normed_tokens(problem)
-        y, want = layer.run(gpu, x, tile).double(), layer.reference(x)
-        assert float((y - want).norm() / want.norm()) <= TOLERANCE[dtype], problem
-        assert torch.equal(layer.sum, x[0] + x[1])
-        assert gpu.launched[0] == ("few" if few else "norm"), problem
-        assert M == 2 or tile == choose(problem)
+        z = first.run(gpu, x, rest=(means, residual, norm, total, 1e-5))
+        want = first.reference(x) + residual
+        assert float((total.double() - want).norm() / want.norm()) <= TOLERANCE[dtype], problem
+        mean = total.double().pow(2).mean(-1, keepdim=True) + 1e-5
+        shared = M <= 2 and dtype == "bfloat16"
+        assert gpu.launched[1:] == ([] if shared else ["norm"]), problem
+        if shared:
+            assert torch.equal(z, total * norm)
+            torch.testing.assert_close(means.double().sum(-1, keepdim=True), mean, rtol=1e-5, atol=0)
+        else:
+            want = total.double() / mean.sqrt() * norm
+            assert float((z.double() - want).norm() / want.norm()) <= TOLERANCE[dtype], problem
+            assert torch.equal(means.sum(-1), torch.ones(M))
+
+        second = Layer(replace(problem, scaled=True, gated=gated))
+        z, means = tokens(problem, 4) * 8, torch.rand(M, 72)
+        given = (means, 0, 0, 0, 0.0) if shared else ()
+        y = second.run(gpu, z, rest=given)
+        want = second.reference(z / means.double().sum(-1, keepdim=True).sqrt() if shared else z)
+        assert float((y.double() - want).norm() / want.norm()) <= TOLERANCE[dtype], problem
 
 
 # Tiles that `choose` takes for large layers: row tiles, words, tokens, k groups, blocks an SM, blocks of a cluster.

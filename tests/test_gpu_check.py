@@ -226,10 +226,9 @@ def test_the_sanitizers_cases_can_be_computed(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import sanitize
 
-    def problem(case, gated, sm=90, normed=False):
+    def problem(case, gated, sm=90, dtype="float16", **norm):
         bits, M, N, K, group_size, zeros, resident = case
-        kind = {"zeros": zeros, "sm": sm, "gated": gated, "normed": normed}
-        return Problem(M, N, K, bits, "float16", group_size, resident, **kind)
+        return Problem(M, N, K, bits, dtype, group_size, resident, zeros=zeros, sm=sm, gated=gated, **norm)
 
     tiles = [(case, tile.gated, tile) for case, tile in sanitize.TILES]
     chosen = [(case, gated, None) for gated, cases in enumerate((sanitize.CASES, sanitize.GATED)) for case in cases]
@@ -237,33 +236,38 @@ def test_the_sanitizers_cases_can_be_computed(monkeypatch):
         asked = problem(case, bool(gated), 80 if isinstance(tile, ManyConfig) else 90)
         assert can_implement(asked) == (True, ""), case
         assert supports(tile or choose(asked), asked if tile is None or tile.gated else asked.layer), (case, tile)
-    kinds = [
-        kernels(asked, choose(asked))
-        for gated, cases in enumerate((sanitize.NORMED, sanitize.GATED_NORMED))
-        for asked in (problem(case, bool(gated), normed=True) for case in cases)
-    ]
-    own = [tile for tile, *_ in kinds if isinstance(tile, Config)]
-    assert {(tile.gated, tile.splits) for tile in own} >= {(False, 1), (False, 4), (True, 2)}
-    after_norm = [tiles[1] for tiles in kinds if isinstance(tiles[0], Norm)]
-    assert {type(tile) for tile in after_norm} == {Config, HopperConfig}
+    kinds = {}
+    for place, cases in (
+        ({"summed": True}, sanitize.BEFORE_NORM),
+        ({"scaled": True}, sanitize.AFTER_NORM),
+        ({"scaled": True}, sanitize.GATED_AFTER_NORM),
+    ):
+        gated = cases is sanitize.GATED_AFTER_NORM
+        for asked in (problem(case, gated, dtype="bfloat16", **place) for case in cases):
+            assert can_implement(asked) == (True, "")
+            tile, *others = kernels(asked, choose(asked))
+            kinds.setdefault((asked.summed, gated), []).append((tile, others))
+    few = {(place, t.splits > 1) for place, all in kinds.items() for t, _ in all if isinstance(t, Config) and t.few}
+    assert few >= {((True, False), False), ((True, False), True), ((False, False), True), ((False, True), True)}
+    assert any(not tile.few for tile, others in kinds[True, False] if isinstance(tile, Config) and not others)
+    assert sum(others == [Norm()] for _, others in kinds[True, False]) == 2
 
 
-def test_every_kind_of_normed_tile_is_checked(monkeypatch):
+def test_every_kind_of_tile_around_a_norm_is_checked(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import chain_tiles
     import kernel_checks
 
     def kinds(problems):
-        tiles = map(choose, problems)
-        return {replace(tile, chunk_tiles=0) for tile in tiles if isinstance(tile, Config) and tile.normed}
+        asked = {p: choose(p) for p in problems}
+        return {(p.summed, p.scaled, replace(c, chunk_tiles=0)) for p, c in asked.items() if p.shares_norm}
 
     checked = kinds(
-        Problem(M, gated=gated, normed=True, **{name: value for name, value in options.items() if name != "bias"})
-        for options, M in kernel_checks.normed_cases()
-        for gated in (False, True)
-        if not gated or options["N"] % 64 == 0
+        Problem(M, **place, **{name: value for name, value in options.items() if name != "bias"})
+        for gated, first, second, M in kernel_checks.norm_pairs()
+        for options, place in ((first, {"summed": True}), (second, {"scaled": True, "gated": gated}))
     )
-    models = itertools.product(chain_tiles.MODELS, (1,), (2, 3, 4, 6, 8))
-    asked = kinds(p for model in models for p in chain_tiles.problems_of(*model).values() if p.normed)
-    assert len(asked) > 8
+    models = itertools.product(chain_tiles.MODELS, (1, 2), (2, 3, 4, 6, 8))
+    asked = kinds(p for model in models for p in chain_tiles.problems_of(*model).values())
+    assert len(asked) > 20
     assert asked <= checked, asked - checked

@@ -17,12 +17,13 @@ import matgptq
 from matgptq import inductor
 from matgptq.decode import Decoder
 from matgptq.inductor import JoinLinears, step_options
-from matgptq.kernels import op
+from matgptq.kernels import op, shared_norm
 from matgptq.overlap import SCHEDULER_OPTION, WaitFirst
 from matgptq.packed import pack
 from matgptq.quantizer.pipeline import quantize
 
 IDS = torch.arange(3, 20).view(1, -1)
+AROUND = ("summed_linear_at", "scaled_linears_at")
 LAYERS = 2
 MIXED = ({"*.q_proj": 3, "*": 4}, {"*.k_proj": 8, "*.up_proj": 2, "*": 4})
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs g++ on a CPU")
@@ -53,7 +54,8 @@ def model(folder):
 def linears(graph):
     """How often a graph calls which linear op, and how many of these calls are gated."""
     ops = torch.ops.matgptq
-    arguments = {ops.packed_linear_at.default: 11, ops.packed_linears_at.default: 11, ops.normed_linears_at.default: 14}
+    arguments = {ops.packed_linear_at.default: 11, ops.packed_linears_at.default: 11}
+    arguments |= {ops.summed_linear_at.default: 14, ops.scaled_linears_at.default: 12}
     calls = [node for node in graph.nodes if node.target in arguments]
     gated = sum(len(node.args) > arguments[node.target] for node in calls)
     return Counter(str(node.target).split(".")[1] for node in calls) + Counter(gated=gated)
@@ -91,6 +93,7 @@ def calls_of_a_step(decoder, monkeypatch):
 
     with monkeypatch.context() as patch, torch.inference_mode():
         patch.setattr(op, "packed_linear", counting)
+        patch.setattr(shared_norm, "packed_linear", counting)
         decoder._cache.reset()
         decoder._step()
     return count
@@ -106,7 +109,8 @@ def test_layers_that_share_an_input_are_one_call_at_any_widths(model, monkeypatc
         assert torch.equal(answers[-1], plain.generate(IDS, 8))
         calls.append(calls_of_a_step(decoder, monkeypatch))
     # q, k and v of the first layer are behind no sum; one code for all widths
-    after = {"packed_linear_at": 2 * LAYERS, "packed_linears_at": 1, "normed_linears_at": 2 * LAYERS - 1}
+    # nor is the last one's down before a layer
+    after = {"packed_linear_at": 1, "packed_linears_at": 1} | dict.fromkeys(AROUND, 2 * LAYERS - 1)
     assert graphs == [({"packed_linear_at": 7 * LAYERS}, {**after, "gated": LAYERS})]
     # q is apart from k and v; q, k and v are apart, and so are gate and up
     assert calls == [LAYERS * n for n in (4, 4, 5, 7, 4, 4)]
@@ -119,7 +123,7 @@ def test_a_batch_is_joined_too(model):
     ids = torch.cat([IDS, IDS.flip(1)])
     matgptq.set_bits(model, 4)
     assert torch.equal(decoder.generate(ids, 8), Decoder(model, batch_size=2, max_length=40).generate(ids, 8))
-    assert graphs[0][1]["packed_linears_at"] + graphs[0][1]["normed_linears_at"] == 2 * LAYERS
+    assert graphs[0][1]["packed_linears_at"] + graphs[0][1]["scaled_linears_at"] == 2 * LAYERS
 
 
 def test_layers_that_were_moved_are_calls_of_their_own(model, monkeypatch):
@@ -132,9 +136,9 @@ def test_layers_that_were_moved_are_calls_of_their_own(model, monkeypatch):
     assert calls_of_a_step(decoder, monkeypatch) == 4 * LAYERS + 2  # k, and v behind it
     another, others = joined_decoder(model)
     assert torch.equal(another.generate(IDS, 8), want)
-    joined = {"normed_linears_at": 2 * LAYERS - 1, "gated": LAYERS}
-    assert others[0][1] == {"packed_linear_at": 2 * LAYERS + 3, **joined}
-    assert graphs[0][1] == {"packed_linear_at": 2 * LAYERS, "packed_linears_at": 1, **joined}
+    joined = {**dict.fromkeys(AROUND, 2 * LAYERS - 1), "gated": LAYERS}
+    assert others[0][1] == {"packed_linear_at": 1 + 3, **joined}
+    assert graphs[0][1] == {"packed_linear_at": 1, "packed_linears_at": 1, **joined}
 
 
 class Siblings(nn.Module):
@@ -206,45 +210,53 @@ def test_only_silu_of_the_first_times_the_second_is_gated(use, gated):
 
 
 class Normed(nn.Module):
-    """A layer behind RMSNorm of a sum, as Transformers has it, or a variant of that."""
+    """Layers before and after RMSNorm of a sum, as Transformers has it, or a variant of that."""
 
     def __init__(self, change=""):
         super().__init__()
         torch.manual_seed(0)
         self.change, self.norm = change, nn.Parameter(torch.randn(64).half(), False)
-        self.layer = matgptq.MatGPTQLinear(64, 64, group_size=32, act_order=change == "order")
-        self.layer.qweight.random_(0, 255)
-        self.layer.scales.uniform_(0.01, 0.02)
-        if change == "order":
-            self.layer.perm.copy_(torch.randperm(64))
+        for name in ("before", "after"):
+            layer = matgptq.MatGPTQLinear(64, 64, group_size=32, act_order=change == f"order {name}")
+            layer.qweight.random_(0, 255)
+            layer.scales.uniform_(0.01, 0.02)
+            if layer.perm is not None:
+                layer.perm.copy_(torch.randperm(64))
+            setattr(self, name, layer)
 
     def forward(self, x, residual):
-        total = x + residual if self.change != "scaled sum" else torch.add(x, residual, alpha=2)
-        total = x if self.change == "no sum" else total
+        y = x if self.change == "no layer before" else self.before(x)
+        total = residual + y if self.change == "sum turned" else y + residual
+        total = torch.add(y, residual, alpha=2) if self.change == "scaled sum" else total
+        total = y if self.change == "no sum" else total
         h = total.to(torch.float32)
         h = h + 1 if self.change == "shifted" else h
         power, over = 3 if self.change == "power" else 2, 0 if self.change == "dimension" else -1
         h = h * torch.rsqrt(h.pow(power).mean(over, keepdim=True) + 1e-5)
         norm = 1 + self.norm if self.change == "one more" else x[0] if self.change == "not given" else self.norm
         z = h.half() * norm if self.change == "turned" else norm * h.half()
-        return (z if self.change == "used twice" else total), self.layer(z)
+        other = {"z used twice": z, "y used twice": y}.get(self.change, total)
+        return other, self.after(z)
 
 
-CHANGES = ("order", "scaled sum", "no sum", "shifted", "power", "dimension", "one more", "not given", "used twice")
+SHARED = ("", "turned", "sum turned", "order before")
+NOT_SHARED = ("order after", "no layer before", "scaled sum", "no sum", "shifted", "power", "dimension", "one more")
+NOT_SHARED += ("not given", "z used twice", "y used twice")
 
 
-@pytest.mark.parametrize(("change", "is_normed"), [("", True), ("turned", True), *((c, False) for c in CHANGES)])
-def test_only_a_norm_of_a_sum_is_part_of_a_call(change, is_normed):
+@pytest.mark.parametrize("change", [*SHARED, *NOT_SHARED])
+def test_only_a_norm_of_a_sum_is_shared_by_the_calls_around_it(change):
     torch._dynamo.reset()  # else this would be one variant too many of one method
     module = Normed(change)
     pack(module, dtype=torch.float16)
-    module.layer.width_at_run_time = True
+    module.before.width_at_run_time = module.after.width_at_run_time = True
     graphs = []
     x, residual = torch.rand(3, 64).half(), torch.rand(3, 64).half()
     with torch.inference_mode():
         got = torch.compile(module, fullgraph=True, backend=joining(graphs))(x, residual)
-        torch.testing.assert_close(got, module(x, residual))
-    assert graphs[0][1] == {"normed_linears_at" if is_normed else "packed_linear_at": 1}
+        torch.testing.assert_close(got, module(x, residual), equal_nan=change == "power")
+    plain = {"packed_linear_at": 1 if change == "no layer before" else 2}
+    assert graphs[0][1] == (dict.fromkeys(AROUND, 1) if change in SHARED else plain)
 
 
 @needs_compiler

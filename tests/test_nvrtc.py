@@ -11,7 +11,7 @@ from matgptq.kernels.hopper import HopperConfig
 from matgptq.kernels.many import ManyConfig
 from matgptq.kernels.problem import Problem
 from matgptq.kernels.stream import few_choice, linear_choice
-from matgptq.kernels.tiles import Gate, architecture, choose, defines, gate_follows, kernels
+from matgptq.kernels.tiles import Gate, Norm, architecture, choose, defines, gate_follows
 
 SHAPES = [(2048, 2048), (8192, 8192), (28672, 4096), (16384, 16384)]
 # All shapes where the tiles were measured, one elsewhere: about 1600 variants at 0.2 s each.
@@ -109,16 +109,20 @@ def test_gated_variants_compile_without_spills(arch, compilers):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_normed_variants_compile_without_spills(arch, compilers):
+def test_variants_around_a_norm_compile_without_spills(arch, compilers):
     sm, _ = ARCHITECTURES[arch]
+    places = ({"summed": True}, {"scaled": True}, {"scaled": True, "gated": True})
     variants = {}
-    for bits, M, (N, K), dtype, kind, gated in itertools.product(
-        (2, 3, 4, 8), (1, 2), ((6144, 4096), (14336, 4096)), ("float16", "bfloat16"), KINDS, (False, True)
+    for bits, M, (N, K), kind, place in itertools.product(
+        (2, 3, 4, 8), (1, 2), ((6144, 4096), (4096, 14336), (14336, 4096)), KINDS, places
     ):
-        problem = Problem(M, N, K, bits, dtype, sm=sm, gated=gated, normed=True, **kind)
-        kernel = kernels(problem, choose(problem))[0]
+        problem = Problem(M, N, K, bits, "bfloat16", sm=sm, **place, **kind)
+        kernel = choose(problem)
         variants.setdefault((tuple(defines(problem, kernel).items()), architecture(problem, kernel)), problem)
-    assert len(variants) > 10
+    for dtype in ("float16", "bfloat16"):
+        problem = Problem(3, 64, 64, 4, dtype, sm=sm, summed=True)
+        variants[(tuple(defines(problem, Norm()).items()), architecture(problem, Norm()))] = problem
+    assert len(variants) > 60
     check_logs(variants, compilers)
 
 

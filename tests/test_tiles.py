@@ -14,7 +14,7 @@ from matgptq.kernels.hopper import HopperConfig
 from matgptq.kernels.many import ManyConfig
 from matgptq.kernels.matmul import bucket, buckets
 from matgptq.kernels.problem import Problem, can_implement
-from matgptq.kernels.stream import Config, few_choice, fits, grid, inbox_offset, linear_choice, shared_bytes
+from matgptq.kernels.stream import Config, few_choice, fits, grid, inbox_offset, linear_choice, shared_bytes, with_chunk
 from matgptq.kernels.tiles import Gate, Norm, architecture, choose, defines, gate_follows, kernels, supports
 
 SHAPES = [
@@ -87,26 +87,49 @@ def test_gated_problems_are_covered(sm):
 
 
 @pytest.mark.parametrize("sm", [80, 90])
-def test_normed_problems_are_covered(sm):
-    norms = 0
-    shapes = [(98, 16), (1536, 576), (7168, 5120), (28672, 8192), (4096, 14336)]
-    for (N, K), bits, M, (group_size, zeros), gated in itertools.product(
-        shapes, range(2, 9), (1, 2, 3, 40), ((-1, False), (16, True)), (False, True)
+def test_layers_around_a_norm_are_covered(sm):
+    shapes = [(1536, 576), (7168, 5120), (28672, 8192), (4096, 14336), (112, 16)]
+    for (N, K), bits, M, (group_size, zeros), dtype, place in itertools.product(
+        shapes,
+        range(2, 9),
+        (1, 2, 3, 40),
+        ((-1, False), (16, True)),
+        ("bfloat16", "float16"),
+        ("summed", "scaled", "gated"),
     ):
-        if gated and N % 64:
+        if place == "gated" and N % 64:
             continue
-        problem = Problem(M, N, K, bits, "bfloat16", group_size, zeros=zeros, sm=sm, gated=gated, normed=True)
+        where = {"summed": place == "summed", "scaled": place != "summed", "gated": place == "gated"}
+        problem = Problem(M, N, K, bits, dtype, group_size, zeros=zeros, sm=sm, **where)
         config = choose(problem)
-        own = isinstance(config, Config) and config.normed
-        assert not own or (M == 1 and config.few and not zeros and fits(config, problem))
+        shared = M <= 2 and dtype == "bfloat16"
         assert [type(kernel) for kernel in kernels(problem, config)] == [
-            *([] if own else [Norm]),
             type(config),
-            *([Gate] if gated and not config.gated else []),
+            *([Gate] if place == "gated" and not config.gated else []),
+            *([Norm] if place == "summed" and not shared else []),
         ]
-        norms += not own
-    assert 380 < norms < 500  # of 504
-    assert defines(Problem(1, 64, 64, 4, "bfloat16", normed=True), Norm()) == {"KERNEL": "norm", "FORMAT": "BFloat"}
+        macros = defines(problem, config)
+        marks = [macros.get("SUMMED", "0"), macros.get("SCALED", "0")]
+        assert marks == [str(int(shared and place == "summed")), str(int(shared and place != "summed"))]
+        if shared:
+            assert isinstance(config, Config)
+            assert fits(config, problem)
+    assert defines(Problem(1, 64, 64, 4, "bfloat16", summed=True), Norm()) == {"KERNEL": "norm", "FORMAT": "BFloat"}
+
+
+def test_blocks_of_a_cluster_finish_whole_means():
+    problem = Problem(1, 64, 8192, 4, "bfloat16", summed=True)
+    tile = with_chunk(problem, Config(1, 1, 1, 1, 8, 2, 1, 4, 0, True))
+    assert fits(tile, problem)
+    assert not fits(replace(tile, splits=8), problem)
+    assert fits(replace(tile, splits=8), replace(problem, summed=False))
+
+
+def test_what_cannot_be_before_a_norm():
+    assert can_implement(Problem(1, 72, 64, 4, summed=True)) == (
+        False,
+        "out_features must be a multiple of 16, and not gated, before a norm, got 72",
+    )
 
 
 @pytest.mark.parametrize("sm", [80, 86, 89, 100, 120])

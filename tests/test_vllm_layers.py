@@ -240,21 +240,29 @@ def test_the_op_is_what_torch_compile_needs():
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs g++ on a CPU")
 @pytest.mark.parametrize("gated", [True, False])
-def test_the_norm_of_a_sum_is_part_of_the_call_after_it(gated, monkeypatch):
+def test_the_norm_of_a_sum_is_shared_by_the_calls_around_it(gated, monkeypatch):
     from vllm import ir
     from vllm.model_executor.layers.activation import SiluAndMul
 
+    _, before = rank_layer({"model.o_proj": stored(COLUMNS, 2)}, [COLUMNS])
     checkpoint = {f"model.{name}_proj": stored(128, i) for i, name in enumerate(("gate", "up"))}
-    _, layer = rank_layer(checkpoint, [128, 128], shard_ids=(0, 1))
+    _, after = rank_layer(checkpoint, [128, 128], shard_ids=(0, 1))
     weight = torch.nn.Parameter(torch.rand(COLUMNS).bfloat16() + 0.5, requires_grad=False)
-    normed = FusedLinear.normed
     calls = []
-    monkeypatch.setattr(FusedLinear, "normed", lambda self, *given: calls.append(given[-1]) or normed(self, *given))
+    for name in ("summed", "scaled"):
+        method = getattr(FusedLinear, name)
+
+        def noting(self, *given, name=name, method=method):
+            calls.append((name, given[-1]))
+            return method(self, *given)
+
+        monkeypatch.setattr(FusedLinear, name, noting)
 
     def forward(x, residual):
+        y = torch.ops.vllm_matgptq.linear(x, before.matgptq_key, COLUMNS)
         with ir.enable_torch_wrap(True):
-            z, total = ir.ops.fused_add_rms_norm(x, residual, weight, 1e-5)
-        y = torch.ops.vllm_matgptq.linear(z, layer.matgptq_key, 256)
+            z, total = ir.ops.fused_add_rms_norm(y, residual, weight, 1e-5)
+        y = torch.ops.vllm_matgptq.linear(z, after.matgptq_key, 256)
         return (SiluAndMul.forward_native(y) if gated else y), total
 
     x, residual = (torch.randn(5, COLUMNS).bfloat16() for _ in range(2))
@@ -262,10 +270,22 @@ def test_the_norm_of_a_sum_is_part_of_the_call_after_it(gated, monkeypatch):
     with fresh_cache(), torch.inference_mode():
         got = torch.compile(forward, fullgraph=True, dynamic=True, options=passes)(x, residual)
         want = forward(x, residual)
-    assert calls == [gated]
+    assert calls == [("summed", 1e-5), ("scaled", gated)]
     # vLLM takes the mean of squares of a sum that is not rounded yet
     assert (got[0] - want[0]).float().norm() < 8e-3 * want[0].float().norm()
     assert torch.equal(got[1], want[1])
+
+
+def test_layers_share_a_norm_whatever_they_are():
+    """What a layer of several runs or an order of columns returns is normalised, and taken by one that is not."""
+    _, before = rank_layer({"model.o_proj": stored(COLUMNS, 2)}, [COLUMNS])
+    _, after = rank_layer({"model.qkv_proj": stored(64, 3)}, [64])
+    x, residual, norm = torch.randn(3, COLUMNS), torch.randn(3, COLUMNS), torch.rand(COLUMNS)
+    z, total, means = before.matgptq.summed(x, residual, norm, 1e-5)
+    assert torch.equal(total, before.matgptq(x) + residual)
+    want = after.matgptq(torch.nn.functional.rms_norm(total, (COLUMNS,), norm, 1e-5))
+    torch.testing.assert_close(after.matgptq.scaled(z, means, False), want)
+    torch.testing.assert_close(after.matgptq.scaled(2 * z, 4 * means, False), want)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs g++ on a CPU")

@@ -1,7 +1,7 @@
 """What vLLM's compiler is told of our layers.
 
 Compiled, ``silu(gate) * up`` is the end of the call that computes gate and up (`matgptq.inductor.gate_linears`), and
-RMSNorm of a sum is part of the call after it (`matgptq.inductor.norm_linears`).
+RMSNorm of a sum is part of the calls before and after it (`matgptq.inductor.norm_linears`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from vllm.platforms import current_platform
 
 from matgptq import inductor
+from matgptq.kernels.problem import MEAN_ROWS
 from matgptq.overlap import OPTION, SCHEDULER_OPTION, WaitFirst
 
+_ops = torch.ops.vllm_matgptq
 _OPS = str(Path(__file__).with_name("linear.py"))
 
 
@@ -26,7 +28,7 @@ class FuseLinears(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrite ``graph`` before it is lowered."""
         inductor.gate_linears(graph, _gated_call)
-        inductor.norm_linears(graph, _normed_call)
+        inductor.norm_linears(graph, _summed_call, _scaled_call)
 
     def uuid(self) -> Any:
         """What compiled code is cached by."""
@@ -34,12 +36,17 @@ class FuseLinears(CustomGraphPass):
 
 
 def _gated_call(node: fx.Node, size: int) -> tuple[Any, ...] | None:
-    return (*node.args[:2], size, True) if node.target is torch.ops.vllm_matgptq.linear.default else None
+    return (*node.args[:2], size, True) if node.target is _ops.linear.default else None
 
 
-def _normed_call(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
-    is_ours = node.target is torch.ops.vllm_matgptq.linear.default
-    return (torch.ops.vllm_matgptq.normed_linear.default, node.args[1:]) if is_ours else None
+def _summed_call(node: fx.Node) -> inductor.Call | None:
+    if node.target is not _ops.linear.default or node.args[2] % MEAN_ROWS:  # type: ignore[operator]
+        return None
+    return _ops.summed_linear.default, node.args[1:]
+
+
+def _scaled_call(node: fx.Node) -> inductor.Call | None:
+    return (_ops.scaled_linear.default, node.args[1:]) if node.target is _ops.linear.default else None
 
 
 def set_compile_options(vllm_config: Any) -> None:

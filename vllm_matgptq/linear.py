@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -25,8 +26,9 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from matgptq.kernels.matmul import buckets, warmup
-from matgptq.kernels.op import add_rms_norm, silu_and_mul
+from matgptq.kernels.op import silu_and_mul
 from matgptq.kernels.packing import TILE
+from matgptq.kernels.shared_norm import normalised, normalised_sum, summed_fake
 from matgptq.kernels.tiles import can_implement
 from matgptq.linear import MatGPTQLinear
 from matgptq.packed import PackedLinear
@@ -46,8 +48,12 @@ library.define(
     "linear(Tensor x, Tensor key, int out_features, bool gated=False) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
 library.define(
-    "normed_linear(Tensor x, Tensor residual, Tensor norm, float eps, Tensor key, int out_features, bool gated=False) "
-    "-> (Tensor, Tensor)",
+    "summed_linear(Tensor x, Tensor residual, Tensor norm, float eps, Tensor key, int out_features) "
+    "-> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
+    "scaled_linear(Tensor z, Tensor means, Tensor key, int out_features, bool gated=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _served: WeakValueDictionary[int, FusedLinear] = WeakValueDictionary()  # by the address of the layer's key
@@ -62,22 +68,32 @@ def _linear_fake(x: Tensor, key: Tensor, out_features: int, gated: bool = False)
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def _normed_linear(
-    x: Tensor, residual: Tensor, norm: Tensor, eps: float, key: Tensor, out_features: int, gated: bool = False
-) -> tuple[Tensor, Tensor]:
-    return _served[key.data_ptr()].normed(x, residual, norm, eps, gated)
+def _summed_linear(
+    x: Tensor, residual: Tensor, norm: Tensor, eps: float, key: Tensor, out_features: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _served[key.data_ptr()].summed(x, residual, norm, eps)
 
 
-def _normed_linear_fake(
-    x: Tensor, residual: Tensor, norm: Tensor, eps: float, key: Tensor, out_features: int, gated: bool = False
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(*x.shape[:-1], out_features), torch.empty_like(x)
+def _summed_linear_fake(
+    x: Tensor, residual: Tensor, norm: Tensor, eps: float, key: Tensor, out_features: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return summed_fake(x.new_empty(*x.shape[:-1], out_features))
+
+
+def _scaled_linear(z: Tensor, means: Tensor, key: Tensor, out_features: int, gated: bool = False) -> Tensor:
+    return _served[key.data_ptr()].scaled(z, means, gated)
+
+
+def _scaled_linear_fake(z: Tensor, means: Tensor, key: Tensor, out_features: int, gated: bool = False) -> Tensor:
+    return z.new_empty(*z.shape[:-1], out_features)
 
 
 library.impl("linear", _linear, "CompositeExplicitAutograd")
 torch.library.register_fake("vllm_matgptq::linear", _linear_fake, lib=library)
-library.impl("normed_linear", _normed_linear, "CompositeExplicitAutograd")
-torch.library.register_fake("vllm_matgptq::normed_linear", _normed_linear_fake, lib=library)
+library.impl("summed_linear", _summed_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("vllm_matgptq::summed_linear", _summed_linear_fake, lib=library)
+library.impl("scaled_linear", _scaled_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("vllm_matgptq::scaled_linear", _scaled_linear_fake, lib=library)
 
 
 class FusedLinear(nn.Module):
@@ -127,13 +143,20 @@ class FusedLinear(nn.Module):
         """``silu(first) * second`` of two layers of one size: one call, where they are one."""
         return self.runs[0](x, gated=True) if self._gates() else silu_and_mul(self(x))
 
-    def normed(self, x: Tensor, residual: Tensor, norm: Tensor, eps: float, gated: bool) -> tuple[Tensor, Tensor]:
-        """`gated`, or `forward`, of ``rms_norm(x + residual)`` (`matgptq.kernels.op.add_rms_norm`), and the sum."""
+    def summed(self, x: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """z, the sum and means of ``rms_norm(forward(x) + residual)`` (`matgptq.kernels.shared_norm`)."""
+        run = self.runs[0]
+        if len(self.runs) == 1 and isinstance(run, PackedLinear) and run.perm is None:
+            return run.summed(x, residual, norm, eps)
+        return normalised_sum(self(x), residual, norm, eps)
+
+    def scaled(self, z: Tensor, means: Tensor, gated: bool) -> Tensor:
+        """`gated`, or `forward`, of what `summed` returned."""
         run = self.runs[0]
         if len(self.runs) == 1 and isinstance(run, PackedLinear) and run.perm is None and (self._gates() or not gated):
-            return run.normed(x, residual, norm, eps, gated)
-        z, total = add_rms_norm(x, residual, norm, eps)
-        return (self.gated(z) if gated else self(z)), total
+            return run.scaled(z, means, gated)
+        z = normalised(z, means)
+        return self.gated(z) if gated else self(z)
 
     def _gates(self) -> bool:
         """Whether the kernels compute `gated` as one."""
@@ -162,10 +185,14 @@ class FusedLinear(nn.Module):
     def warm_up(self, tokens: Iterable[int]) -> None:
         """Compile and load the kernels for these numbers of tokens."""
         runs = [run for run in self.runs if isinstance(run, PackedLinear) and run.planes.is_cuda]
-        gates = (False, True) if self._gates() else (False,)
-        norms = (False, True) if len(self.runs) == 1 else (False,)
-        kinds = list(itertools.product(tokens, gates, norms))
-        problems = {run.problem(*kind) for run in runs for kind in kinds} - _warm
+        # A sum and its norm follow no layer of several parts; they come before gate and up.
+        problems = set()
+        for run, count, gated in itertools.product(runs, tokens, (False, True) if self._gates() else (False,)):
+            plain = run.problem(count, gated)
+            problems |= {plain, replace(plain, scaled=True)}
+            if len(self.sizes) == 1:
+                problems.add(replace(plain, summed=True))
+        problems = {p for p in problems if can_implement(p)[0]} - _warm
         if problems:
             warmup(problems, runs[0].planes.device)
             _warm.update(problems)

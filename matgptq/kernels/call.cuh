@@ -7,6 +7,8 @@
 // GATED: the weights are those of two layers of N rows, one after the other, and y = silu(first) * second, their results being
 // rounded to FORMAT as if they had been stored.
 //
+// SUMMED, SCALED: RMSNorm of y + residual is shared with the call after, or with the one before (norm.cuh).
+//
 // Weight layout: planes[row tile][k tile][plane][lane][4 words], 64 rows x 64 k to a tile, 512 bytes a plane and tile;
 // word r of a lane belongs to the tile's rows 16r .. 16r+15 (decode.cuh has the bits). With lane = 4g + t a lane holds rows
 // 16r + g and 16r + 8 + g, and of every 16 k the four that are its part of an A operand: 2t, 2t + 1, 2t + 8, 2t + 9.
@@ -22,7 +24,7 @@
 //   SHIFT        0: zero is 128 and levels are integers; 1: a constant is added to the levels; 2: and zeros taken off
 //   GROUP_SIZE   0 or a multiple of 16
 #pragma once
-#include "decode.cuh"
+#include "norm.cuh"
 
 using T = FORMAT;
 
@@ -44,11 +46,7 @@ struct Params {
   int inbox;               // where in shared memory the blocks of a cluster leave partial sums for one another, and a barrier
   int share_bits;          // each block of a cluster finishes 2^share_bits times 4 outputs
   float shift;             // SHIFT 1, 2: added to each decoded level - 128
-  // NORMED:
-  const uint16_t* residual;  // (M, K), 16-byte aligned
-  const uint16_t* norm;      // (K,), 16-byte aligned
-  uint16_t* sum;             // (M, K): x + residual
-  float eps;
+  SharedNorm norm;
 };
 
 // Weights are read once and pass the L1 by; scales, which neighbouring k tiles share, stay in it.

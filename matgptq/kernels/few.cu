@@ -16,14 +16,9 @@
 // Measured on an H200 (2026-11-22): 9 % faster than linear.cu in the mean of what `choose` takes it for, 19 % at most. x, which
 // must come and be split before the first product, and the sums of a cluster bound small layers, memory large ones.
 //
-// NORMED: the input is not x but rms_norm(x + residual) (norm.cuh). The sum takes the place of x above, times `norm`; each block
-// takes the mean of its squares over all of K, and multiplies its results by what follows from it. So the normalised input is not
-// rounded to FORMAT. The blocks of the first rows store the sum.
-//
 // Limits beside call.cuh's: group_size 0 or a multiple of 32; chunk_tiles a multiple of 4, and chunk_tiles * tokens at most a
 // quarter of the threads.
 #include "stream.cuh"
-#include "norm.cuh"
 
 using Decode = Bytes<BITS, bool(ROUND)>;
 
@@ -52,7 +47,6 @@ class Splitter {
   const Place& at;
   const int of_token, tasks;  // tasks of a token and of all
   uint32_t x[kTasks][2][2];   // [l][u], pairs
-  uint32_t residual[kTasks][2][2], norm[kTasks][2][2];  // NORMED
 
  public:
   __device__ Splitter(const Params& p, const Place& at)
@@ -64,44 +58,17 @@ class Splitter {
     for (int n = 0; n < kTasks; ++n) {
       const int task = n * kThreads + threadIdx.x, token = task >= of_token;
       const int k = chunk * 64 + unsigned(task - token * of_token) / 4 * 32 + at.t * 2;
-      const size_t place = size_t(at.first_token + token) * p.K + k;
+      const uint16_t* from = p.x + size_t(at.first_token + token) * p.K + k;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool inside = task < tasks && k + i / 2 * 16 < p.K;
-        x[n][i / 2][i % 2] = load_pair(p.x + place + 8 * i, inside);
-        if constexpr (NORMED) {
-          residual[n][i / 2][i % 2] = load_pair(p.residual + place + 8 * i, inside);
-          norm[n][i / 2][i % 2] = load_pair(p.norm + k + 8 * i, inside);
-        }
-      }
+      for (int i = 0; i < 4; ++i) x[n][i / 2][i % 2] = load_pair(from + 8 * i, task < tasks && k + i / 2 * 16 < p.K);
     }
   }
 
-  // Splits what was asked for from k tile `chunk` on.
-  __device__ __forceinline__ void split(int chunk, unsigned char* digits, float* units) const {
+  // Splits what was asked for.
+  __device__ __forceinline__ void split(unsigned char* digits, float* units) const {
 #pragma unroll
     for (int n = 0; n < kTasks; ++n) {
-      const int task = n * kThreads + threadIdx.x;
-      if (n * kThreads + at.warp * 32 >= tasks) continue;
-      float v[2][2][2];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int l = i / 4, u = i / 2 % 2, e = i % 2;
-        v[l][u][e] = T::to_float(uint16_t(x[n][l][u] >> 16 * e));
-      }
-      if constexpr (NORMED) {
-        const int token = task >= of_token, k = chunk * 64 + unsigned(task - token * of_token) / 4 * 32 + at.t * 2;
-        uint16_t* const to = p.sum + size_t(at.first_token + token) * p.K + k;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const uint32_t sum = add<T>(x[n][i / 2][i % 2], residual[n][i / 2][i % 2]), by = norm[n][i / 2][i % 2];
-          if (blockIdx.z == 0 && task < tasks && k + i / 2 * 16 < p.K) *reinterpret_cast<uint32_t*>(to + 8 * i) = sum;
-#pragma unroll
-          for (int e = 0; e < 2; ++e)
-            v[i / 2][i % 2][e] = T::to_float(uint16_t(sum >> 16 * e)) * T::to_float(uint16_t(by >> 16 * e));
-        }
-      }
-      split(digits, units, task, x[n], v);
+      if (n * kThreads + at.warp * 32 < tasks) split(digits, units, n * kThreads + threadIdx.x, x[n]);
     }
   }
 
@@ -116,25 +83,12 @@ class Splitter {
     return pair;
   }
 
-  // The largest |value| of a warp's tasks, from pairs and as floats. The bits of numbers without a sign are in the order of the
-  // numbers, NaN above all.
-  static __device__ __forceinline__ float largest_of(const uint32_t (&x)[2][2], const float (&v)[2][2][2]) {
+  __device__ __forceinline__ void split(unsigned char* digits, float* units, int task, const uint32_t (&x)[2][2]) const {
+    // The warp's tasks are 256 k of one token. The bits of numbers without a sign are in the order of the numbers, NaN above all.
     uint32_t most = 0;
-    if constexpr (NORMED) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) most = max(most, __float_as_uint(v[i / 4][i / 2 % 2][i % 2]) & 0x7FFFFFFFu);
-      return __uint_as_float(__reduce_max_sync(~0u, most));
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) most = __vmaxu2(most, x[i / 2][i % 2] & 0x7FFF7FFFu);
-      return T::to_float(uint16_t(__reduce_max_sync(~0u, max(most & 0xFFFFu, most >> 16))));
-    }
-  }
-
-  // The warp's tasks are 256 k of one token.
-  __device__ __forceinline__ void split(unsigned char* digits, float* units, int task, const uint32_t (&x)[2][2],
-                                        const float (&v)[2][2][2]) const {
-    const float largest = largest_of(x, v);
+    for (int i = 0; i < 4; ++i) most = __vmaxu2(most, x[i / 2][i % 2] & 0x7FFF7FFFu);
+    const float largest = T::to_float(uint16_t(__reduce_max_sync(~0u, max(most & 0xFFFFu, most >> 16))));
     // |x| * factor < 2^20 in units of 1/2, at 2 bits for four times x
     constexpr int kBits = BITS == 2 ? 18 : 20;
     const int exponent = max(int(__float_as_uint(largest) >> 23), 19);  // the factor is finite, four times it too
@@ -144,11 +98,11 @@ class Splitter {
 #pragma unroll
     for (int l = 0; l < 2; ++l) {
       // The bits of 2^22 + 2^21 + (2^15 + 2^7) / 2, plus x in halves: bytes 0x80 + d0, 0x80 + d1, 0xC0 + d2.
-      auto fixed = [&](float value) {
+      auto fixed = [&](uint32_t value) {
         const float scale = BITS == 2 && l == 1 ? 4 * factor : factor;
-        return __float_as_uint(fmaf(value, scale, __uint_as_float(0x4AC08080u)));
+        return __float_as_uint(fmaf(T::to_float(uint16_t(value)), scale, __uint_as_float(0x4AC08080u)));
       };
-      const uint32_t b0 = fixed(v[l][0][0]), b1 = fixed(v[l][1][0]), b2 = fixed(v[l][0][1]), b3 = fixed(v[l][1][1]);
+      const uint32_t b0 = fixed(x[l][0]), b1 = fixed(x[l][1]), b2 = fixed(x[l][0] >> 16), b3 = fixed(x[l][1] >> 16);
       const uint32_t lower01 = __byte_perm(b0, b1, 0x5140), lower23 = __byte_perm(b2, b3, 0x5140);
       const uint32_t upper01 = __byte_perm(b0, b1, 0x0062), upper23 = __byte_perm(b2, b3, 0x0062);
       low[l] = __byte_perm(lower01, lower23, 0x5410) ^ 0x80808080u;
@@ -166,7 +120,9 @@ class Splitter {
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(const __grid_constant__ Params p) {
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(128) unsigned char memory[];
+  unsigned char* const shared = memory + kFactorBytes;
+  float* const factors = reinterpret_cast<float*>(memory);
   const Place at(p, kTokens);
   if (at.splits > 1) open_inbox(p, at, shared);
 
@@ -178,6 +134,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
 
   // Weights do not depend on the previous kernel: the whole ring is asked for first. The next kernel, which asks for its own,
   // may start when x has come.
+  prefetch_weights(p, at);
   Ring ring(p, at, shared);
   Splitter splitter(p, at);
   int k_tile = at.k_begin + at.warp_k * K_TILES, stage_offset = 0;
@@ -188,13 +145,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
   }
   wait_for_previous_grid();
   splitter.load(at.k_begin);
-  const int owner = min(at.t / 2, at.tokens - 1);  // of the two columns that this lane has sums of
-  const float factor = NORMED ? norm_factor<T, kThreads>(p, at.first_token, at.tokens, owner, reinterpret_cast<float*>(digits)) : 1;
-  splitter.split(at.k_begin, digits, units_of(digits));
+  if constexpr (SCALED) load_factors(p.norm, p.K, at.first_token, at.tokens, at.warp, kWarps, factors);
+  splitter.split(digits, units_of(digits));
   let_next_grid_start();
 
   // The columns of the B operand: those of token 0 and those of token 1, the fourth anything.
   const int place = min(at.g / 4, at.tokens - 1) * kTileDigits + min(at.g % 4, kDigits - 1) * 64 + at.t * 16;
+  const int owner = min(at.t / 2, at.tokens - 1);  // of the two columns that this lane has sums of
   int begin[4];
   uint32_t middle[4];
   Decode::middle(middle);
@@ -205,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
   for (int chunk = at.k_begin; chunk < at.k_end; chunk += p.chunk_tiles) {
     const int chunk_end = min(chunk + p.chunk_tiles, at.k_end);
     __syncthreads();  // this chunk's digits stand, the last chunk's have been read
-    if (!NORMED && chunk_end < at.k_end) splitter.load(chunk_end);
+    if (chunk_end < at.k_end) splitter.load(chunk_end);
     const float* const units = units_of(digits);
 
     for (; k_tile < chunk_end; k_tile += kStride) {
@@ -285,10 +242,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
       commit_copies();  // empty groups keep the count
       stage_offset = next_stage(stage_offset);
     }
-    if (chunk_end < at.k_end) {
-      if (NORMED) splitter.load(chunk_end);  // not ahead: three operands would take too many registers
-      splitter.split(chunk_end, next_digits, units_of(next_digits));
-    }
+    if (chunk_end < at.k_end) splitter.split(next_digits, units_of(next_digits));
     unsigned char* const used = digits;
     digits = next_digits, next_digits = used;
   }
@@ -297,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
   wait_copies<0>();
   __syncthreads();
   float* const partial = reinterpret_cast<float*>(shared) + (at.warp_k * kTokens + owner) * kPitch + at.warp_n * ROW_TILES * 64;
-  const float weights[2] = {at.t % 2 ? 65536 * factor : factor, at.t % 2 ? 0 : 256 * factor};  // of this lane's two columns
+  const float weights[2] = {at.t % 2 ? 65536.0f : 1.0f, at.t % 2 ? 0.0f : 256.0f};  // of this lane's two columns
 #pragma unroll
   for (int i = 0; i < ROW_TILES; ++i)
 #pragma unroll
@@ -309,5 +263,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
         if (at.t % 2 == 0 && at.t / 2 < at.tokens) partial[i * 64 + r * 16 + h * 8 + at.g] = h ? sum / 16 : sum;
       }
   __syncthreads();
-  finish(p, at, shared, kTokens, kUnit);
+  finish(p, at, shared, kTokens, kUnit, factors);
 }

@@ -16,10 +16,10 @@ from .hopper import HopperConfig
 from .many import ManyConfig
 from .problem import TILE, Problem
 from .stream import Config, grid, inbox_offset, share_bits, shared_bytes
-from .tiles import AnyConfig, Gate, Norm, architecture, defines, gate_follows, kernels, norm_precedes
+from .tiles import AnyConfig, Gate, Norm, architecture, defines, gate_follows, kernels, norm_follows
 
 _PARAMS = struct.Struct("6Q11if")  # call.cuh, Params
-_NORMED = struct.Struct(_PARAMS.format + "3Qf4x")  # the same, NORMED
+_WITH_NORM = struct.Struct(f"{_PARAMS.format}4Qf4x")  # the same with norm.cuh, SharedNorm
 _HOPPER = struct.Struct("128s5Q10ifi2Q3i12x")  # hopper.cu, Params
 _GATE = struct.Struct("6Q2i")  # gate.cu, Params
 _NORM = struct.Struct("6Q2if4x")  # norm.cu, Params
@@ -36,9 +36,11 @@ class LaunchError(RuntimeError):
 
 
 def make_launcher(problem: Problem, config: AnyConfig, device: int, programmatic: bool = True) -> "Launcher":
-    """The launcher of a tile's kernel; of more, where only the problem is gated or normed."""
-    if norm_precedes(problem, config):
-        layer = make_launcher(replace(problem, normed=False), config, device, programmatic)
+    """The launcher of a tile's kernel; of more, where the problem is gated or summed and the tile is not."""
+    if problem.scaled and not problem.shares_norm:
+        return make_launcher(replace(problem, scaled=False), config, device, programmatic)
+    if norm_follows(problem):
+        layer = make_launcher(replace(problem, summed=False), config, device, programmatic)
         return NormLauncher(layer, problem, device, programmatic)
     if gate_follows(problem, config):
         return GateLauncher(make_launcher(problem.layer, config, device, programmatic), problem, device, programmatic)
@@ -67,8 +69,8 @@ class Launcher:
         self._prepare(problem, config, shared_bytes(problem, config), device, programmatic)
         inbox = (inbox_offset(problem, config), share_bits(problem, config))
         splits = (config.split_tiles(problem), config.chunk_tiles, *inbox)
-        if config.normed:
-            self._pack = _NORMED.pack_into
+        if problem.summed or problem.scaled:
+            self._pack = _WITH_NORM.pack_into
         self._constants = (*_sizes(problem), *splits, _shift(problem))
         self._splits, _, self._row_blocks = grid(problem, config)
 
@@ -104,7 +106,8 @@ class Launcher:
     ) -> None:
         """Launches on ``stream``; from x to y they are device addresses, 0 for none; ``rest`` ends the Params.
 
-        For a normed problem that is the addresses of residual, norm and sum, and eps (norm.cuh).
+        For a summed problem that is the addresses of means, residual, norm and sum, and eps; for a scaled one that of
+        means, and zeros (norm.cuh).
         """
         token_blocks = -(-M // self._tokens)
         launch = self._launches.get((stream, token_blocks)) or self._configure(stream, token_blocks)
@@ -213,23 +216,23 @@ class GateLauncher(Launcher):
 
 
 class NormLauncher(Launcher):
-    """norm.cu, and the kernel of a layer, gated or not, after it."""
+    """The kernel of a layer, and norm.cu after it."""
 
     _pack = _NORM.pack_into
 
     def __init__(self, layer: Launcher, problem: Problem, device: int, programmatic: bool = True):
         self._prepare(problem, Norm(), Norm().threads // 8, device, programmatic)
         self._layer, self._device = layer, device
-        self._constants = (problem.K,)
+        self._constants = (problem.N,)
 
     def __call__(
         self, stream: int, M: int, x: Any, planes: int, scales: int, zeros: int, bias: int, y: int, *rest: float
     ) -> None:
         """Launches on ``stream``, the current one, as `Launcher`."""
-        residual, norm, total, eps = rest
-        z = _room(2 * M * self.problem.K, self._device)
-        super().__call__(stream, M, x, int(residual), int(norm), 0, int(total), z.data_ptr(), eps)
-        self._layer(stream, M, z.data_ptr(), planes, scales, zeros, bias, y)
+        means, residual, norm, total, eps = rest
+        outputs = _room(2 * M * self.problem.N, self._device)
+        self._layer(stream, M, x, planes, scales, zeros, bias, outputs.data_ptr())
+        super().__call__(stream, M, outputs.data_ptr(), int(residual), int(norm), int(means), int(total), y, eps)
 
     def _blocks(self, token_blocks: int) -> tuple[int, int, int]:
         return token_blocks, 1, 1
@@ -315,7 +318,7 @@ def _tensor_map(x: int, M: int, K: int, tokens: int) -> bytes:
 
 def _params() -> tuple[ctypes.Array[ctypes.c_char], int]:
     """A buffer for Params, and the address of the argument list that points to it (kept behind it)."""
-    size = max(_NORMED.size, _HOPPER.size)
+    size = max(_WITH_NORM.size, _HOPPER.size)
     buffer = ctypes.create_string_buffer(size + 8)
     start = ctypes.addressof(buffer)
     struct.pack_into("Q", buffer, size, start)

@@ -42,12 +42,15 @@ __device__ __forceinline__ void multiply_part(float (&sum)[4], int part, const u
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(const __grid_constant__ Params p) {
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(128) unsigned char memory[];
+  unsigned char* const shared = memory + kFactorBytes;
+  float* const factors = reinterpret_cast<float*>(memory);
   const Place at(p, kTokens);
   const int k_begin = at.k_begin, k_end = at.k_end, tokens = at.tokens;
   if (at.splits > 1) open_inbox(p, at, shared);
 
   // Weights do not depend on the previous kernel: start them first.
+  prefetch_weights(p, at);
   Ring ring(p, at, shared);
   int k_tile = k_begin + at.warp_k * K_TILES;
   const uint32_t x_address = uint32_t(__cvta_generic_to_shared(shared)) + kRingBytes;
@@ -66,6 +69,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
     }
     commit_copies();
   }
+  if constexpr (SCALED) load_factors(p.norm, p.K, at.first_token, tokens, at.warp, kWarps, factors);
 
   float acc[ROW_TILES][4][TOKEN_TILES][4] = {};
   int stage_offset = 0, buffer = 0;
@@ -175,5 +179,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS) matgptq_linear(co
           if (token < tokens) partial[(at.warp_k * kTokens + token) * kPitch + row] = acc[i][r][j][e];
         }
   __syncthreads();
-  finish(p, at, shared, kTokens, kUnit);
+  finish(p, at, shared, kTokens, kUnit, factors);
 }

@@ -9,7 +9,7 @@ import torch
 
 from .launch import Launcher, compile_tiles, make_launcher
 from .packing import TILE
-from .problem import Problem, can_implement
+from .problem import MEAN_ROWS, Problem, can_implement
 from .tiles import choose
 
 _MANY_TOKENS = 8192  # from here on the tile does not depend on M
@@ -70,7 +70,7 @@ class BoundMatmul:
         self, bits: int, group_size: int, in_features: int, out_features: int, rule: str, resident: bool, gated: bool
     ):
         self._constants = (out_features, in_features, bits, group_size, rule, resident, gated)
-        self._launchers: dict[tuple[int, torch.dtype, bool, int, bool], Launcher] = {}
+        self._launchers: dict[tuple[int, torch.dtype, bool, int, str], Launcher] = {}
         self._plans: dict[tuple[Any, ...], Plan] = {}  # by shape, dtype, zeros and device of a call
 
     def __call__(
@@ -106,7 +106,7 @@ class BoundMatmul:
             launcher(torch._C._cuda_getCurrentRawStream(index), M, start, *operands, y.data_ptr())
         return y
 
-    def normed(
+    def summed(
         self,
         x: torch.Tensor,
         residual: torch.Tensor,
@@ -116,47 +116,86 @@ class BoundMatmul:
         scales: torch.Tensor,
         zeros: torch.Tensor | None,
         bias: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`matmul` of ``rms_norm(x + residual)`` (`add_rms_norm`), and the sum.
-
-        For one token the kernel makes its input itself, mostly, and does not round it to x's dtype.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`kernels.op.summed_linear`.
 
         Raises ValueError for arguments that do not fit.
         """
-        key = (x.shape, x.dtype, zeros is not None, x.get_device(), True)
+        key = (x.shape, x.dtype, zeros is not None, x.get_device(), "summed")
         M, shape, strides, launcher = self._plans.get(key) or self._plan(*key)
-        _check_norm(x, residual, norm, eps)
-        operands = tuple(0 if v is None else v.data_ptr() for v in (planes, scales, zeros, bias))
-        if operands not in launcher.checked:
-            _check_once(launcher, operands, x, planes, scales, zeros, bias)
-        x, residual, norm = (_readable(v) for v in (x, residual, norm))
-        with torch.cuda.device(key[3]):
-            y, total = _empty(shape, strides, x.dtype), torch.empty_like(x)
-            if M:
-                rest = (residual.data_ptr(), norm.data_ptr(), total.data_ptr(), eps)
-                stream = torch._C._cuda_getCurrentRawStream(key[3])
-                launcher(stream, M, x.data_ptr(), *operands, y.data_ptr(), *rest)
-        return y, total
+        _check_norm(x, shape, residual, norm, eps)
+        y, total = (_empty(shape, strides, x.dtype) for _ in range(2))
+        means = torch.empty((*shape[:-1], shape[-1] // MEAN_ROWS), dtype=torch.float32, device=x.device)
+        residual, norm = _readable(residual), _readable(norm)
+        rest = (means.data_ptr(), residual.data_ptr(), norm.data_ptr(), total.data_ptr(), eps)
+        self._run(launcher, M, x, (planes, scales, zeros, bias), y, rest)
+        return y, total, means
 
-    def _plan(self, shape: torch.Size, dtype: torch.dtype, zeros: bool, index: int, normed: bool = False) -> Plan:
+    def scaled(
+        self,
+        z: torch.Tensor,
+        means: torch.Tensor,
+        planes: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`kernels.op.scaled_linear`.
+
+        Raises ValueError for arguments that do not fit.
+        """
+        key = (z.shape, z.dtype, zeros is not None, z.get_device(), "scaled")
+        M, shape, strides, launcher = self._plans.get(key) or self._plan(*key)
+        wanted = (*z.shape[:-1], z.shape[-1] // MEAN_ROWS)
+        if means.dtype != torch.float32 or means.shape != wanted or means.device != z.device:
+            got = f"{means.dtype} {tuple(means.shape)} on {means.device}"
+            raise ValueError(f"means must be torch.float32 {wanted} on {z.device}, got {got}")
+        means = _readable(means)
+        y = _empty(shape, strides, z.dtype)
+        rest = (means.data_ptr(), 0, 0, 0, 0.0) if launcher.problem.scaled else ()
+        self._run(launcher, M, z, (planes, scales, zeros, bias), y, rest)
+        return y
+
+    def _run(
+        self,
+        launcher: Launcher,
+        M: int,
+        x: torch.Tensor,
+        operands: tuple[torch.Tensor | None, ...],
+        y: torch.Tensor,
+        rest: tuple[float, ...],
+    ) -> None:
+        addresses = tuple(0 if v is None else v.data_ptr() for v in operands)
+        if addresses not in launcher.checked:
+            _check_once(launcher, addresses, x, *operands)  # type: ignore[arg-type]
+        x = _readable(x)
+        with torch.cuda.device(x.get_device()):
+            if M:
+                stream = torch._C._cuda_getCurrentRawStream(x.get_device())
+                launcher(stream, M, x.data_ptr(), *addresses, y.data_ptr(), *rest)
+
+    def _plan(self, shape: torch.Size, dtype: torch.dtype, zeros: bool, index: int, norm: str = "") -> Plan:
         N, K, *_ = self._constants
         if not shape or shape[-1] != K:
             raise ValueError(f"x must have in_features {K} columns, got shape {tuple(shape)}")
         M = shape[:-1].numel()
         y = torch.empty((*shape[:-1], N), device="meta")
-        plan = M, tuple(y.shape), y.stride(), self.load(bucket(M), dtype, zeros, index, normed)
+        plan = M, tuple(y.shape), y.stride(), self.load(bucket(M), dtype, zeros, index, norm)
         if len(self._plans) >= _MANY:
             self._plans.clear()
-        self._plans[(shape, dtype, zeros, index, True) if normed else (shape, dtype, zeros, index)] = plan
+        self._plans[(shape, dtype, zeros, index, norm) if norm else (shape, dtype, zeros, index)] = plan
         return plan
 
-    def load(self, M: int, dtype: torch.dtype, zeros: bool, index: int, normed: bool = False) -> Launcher:
-        """Compile and load the kernel for ``M`` tokens, a `bucket`, on the device ``index``."""
-        key = (M, dtype, zeros, index, normed)
+    def load(self, M: int, dtype: torch.dtype, zeros: bool, index: int, norm: str = "") -> Launcher:
+        """Compile and load the kernel for ``M`` tokens, a `bucket`, on the device ``index``.
+
+        ``norm`` names the field of `Problem` that says where a norm is: "summed", "scaled" or none.
+        """
+        key = (M, dtype, zeros, index, norm)
         if key not in self._launchers:
             N, K, bits, group_size, rule, resident, gated = self._constants
             self._launchers[key] = _launcher(
-                M, N, K, bits, dtype, group_size, rule, resident, zeros, gated, index, normed
+                M, N, K, bits, dtype, group_size, rule, resident, zeros, gated, index, norm
             )
         return self._launchers[key]
 
@@ -184,7 +223,8 @@ def warmup(problems: Iterable[Problem], device: torch.device | str | int = "cuda
     names = {name: dtype for dtype, name in _DTYPES.items()}
     for p in problems:
         call = bind(p.bits, p.group_size, p.K, p.N, p.rule, p.resident, p.gated)
-        call.load(p.M, names[p.dtype], p.zeros, index, p.normed)
+        norm = "summed" if p.summed else "scaled" if p.scaled else ""
+        call.load(p.M, names[p.dtype], p.zeros, index, norm)
 
 
 def buckets(most: int) -> list[int]:
@@ -212,14 +252,15 @@ def _launcher(
     zeros: bool,
     gated: bool,
     index: int,
-    normed: bool = False,
+    norm: str = "",
 ) -> Launcher:
     if index < 0:
         raise ValueError("x must be on a CUDA device, got the CPU")
     major, minor = torch.cuda.get_device_capability(index)
     name = _DTYPES.get(dtype, str(dtype))
     sm = 10 * major + minor
-    problem = Problem(max(M, 1), N, K, bits, name, group_size, resident, rule, zeros, sm, gated, normed)
+    problem = Problem(max(M, 1), N, K, bits, name, group_size, resident, rule, zeros, sm, gated)
+    problem = replace(problem, summed=norm == "summed", scaled=norm == "scaled")
     able, reason = can_implement(problem)
     if not able:
         raise ValueError(reason)
@@ -232,12 +273,14 @@ def _readable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if aligned else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _check_norm(x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, eps: float) -> None:
-    """Raises what is wrong with what is added and the norm, if anything."""
-    for name, tensor, shape in (("residual", residual, x.shape), ("norm", norm, x.shape[-1:])):
-        if tensor.dtype != x.dtype or tensor.shape != shape or tensor.device != x.device:
+def _check_norm(
+    x: torch.Tensor, shape: tuple[int, ...], residual: torch.Tensor, norm: torch.Tensor, eps: float
+) -> None:
+    """Raises what is wrong with what is added to results of this shape, and with the norm, if anything."""
+    for name, tensor, wanted in (("residual", residual, shape), ("norm", norm, shape[-1:])):
+        if tensor.dtype != x.dtype or tensor.shape != wanted or tensor.device != x.device:
             got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-            raise ValueError(f"{name} must be {x.dtype} {tuple(shape)} on {x.device}, got {got}")
+            raise ValueError(f"{name} must be {x.dtype} {tuple(wanted)} on {x.device}, got {got}")
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps}")
 

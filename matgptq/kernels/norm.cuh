@@ -1,9 +1,27 @@
-// RMSNorm (arXiv 1910.07467) of a sum, as a transformer's layers take it before q, k and v and before gate and up:
+// RMSNorm (arXiv 1910.07467) of a sum, as a transformer's layers take it before q, k and v and before gate and up, shared by the
+// calls around it, so that it takes no kernel of its own. The call before (SUMMED) adds and multiplies:
 //
-//     sum = x + residual                                             rounded to FORMAT
-//     z   = sum / sqrt(mean(sum^2) + eps) * norm                     the mean over all K of a token
+//     sum   = y + residual                                           rounded to FORMAT
+//     z     = sum * norm                                             in the place of y
+//     means = sum of sum^2 of each kMeanRows rows of a token, over N; eps is in the first
+//
+// The call after (SCALED) takes z as its x, and multiplies its results by what follows from all of a token:
+//
+//     factor = 1 / sqrt(sum of means)
+//
+// In bfloat16 only: z is not normalised yet, and might be too large or too small for float16.
 #pragma once
 #include "decode.cuh"
+
+constexpr int kMeanRows = 16;
+
+struct SharedNorm {
+  float* means;              // SUMMED (M, N / kMeanRows), SCALED (M, K / kMeanRows)
+  const uint16_t* residual;  // SUMMED (M, N)
+  const uint16_t* weight;    // SUMMED (N,): norm
+  uint16_t* sum;             // SUMMED (M, N)
+  float eps;                 // SUMMED
+};
 
 // Pairs of x + residual.
 template <typename T>
@@ -12,48 +30,40 @@ __device__ __forceinline__ uint32_t add(uint32_t x, uint32_t residual) {
                         T::to_float(uint16_t(x >> 16)) + T::to_float(uint16_t(residual >> 16)));
 }
 
+// The sum of the squares of a pair.
 template <typename T>
-__device__ __forceinline__ uint4 add(const uint4& x, const uint4& residual) {
-  return make_uint4(add<T>(x.x, residual.x), add<T>(x.y, residual.y), add<T>(x.z, residual.z), add<T>(x.w, residual.w));
+__device__ __forceinline__ float squares_of(uint32_t pair) {
+  const float low = T::to_float(uint16_t(pair)), high = T::to_float(uint16_t(pair >> 16));
+  return fmaf(high, high, low * low);
 }
 
-// 1 / sqrt(mean(sum^2) + eps) of token `owner` of a block's `tokens`, the first of which is `first`: sums of a thread's k, of a
-// warp's, of the block's, each in one order. `shared` has a float for each token and warp, and is free again afterwards.
-template <typename T, int Threads, typename Params>
-__device__ __forceinline__ float norm_factor(const Params& p, int first, int tokens, int owner, float* shared) {
-  constexpr int kWarps = Threads / 32;
-  const int vectors = p.K / 8, warp = threadIdx.x / 32;
-  for (int token = 0; token < tokens; ++token) {
-    const uint4* const x = reinterpret_cast<const uint4*>(p.x) + size_t(first + token) * vectors;
-    const uint4* const residual = reinterpret_cast<const uint4*>(p.residual) + size_t(first + token) * vectors;
-    float squares = 0;
-    constexpr int kAtOnce = 4;  // asked for before the first is added up
-    for (int begin = threadIdx.x; begin < vectors; begin += kAtOnce * Threads) {
-      uint4 a[kAtOnce] = {}, b[kAtOnce] = {};
+// Stores the mean of a token's kMeanRows rows from n on, of which each of four neighbouring lanes has some.
+__device__ __forceinline__ void store_mean(const SharedNorm& norm, int N, int token, int n, float squares) {
+  const unsigned lanes = 0xFu << threadIdx.x % 32 / 4 * 4;
+  squares += __shfl_xor_sync(lanes, squares, 1);
+  squares += __shfl_xor_sync(lanes, squares, 2);
+  if (threadIdx.x % 4 == 0) norm.means[size_t(token) * (N / kMeanRows) + n / kMeanRows] = squares / N + (n < kMeanRows ? norm.eps : 0);
+}
+
+// Writes the factors of the tokens from `first` on to shared memory; a warp, of `warps`, takes every so many of them.
+__device__ __forceinline__ void load_factors(const SharedNorm& norm, int K, int first, int tokens, int warp, int warps, float* factors) {
+  const int means = K / kMeanRows, lane = threadIdx.x % 32;
+  for (int token = warp; token < tokens; token += warps) {
+    const float* const from = norm.means + size_t(first + token) * means;
+    float sum = 0;
+#pragma unroll 1
+    for (int begin = lane; begin < means; begin += 8 * 32) {
+      float v[8];  // asked for before the first is added
 #pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        const int i = begin + n * Threads;
-        if (i < vectors) a[n] = x[i], b[n] = residual[i];
+      for (int i = 0; i < 8; ++i) {
+        v[i] = 0;
+        if (begin + i * 32 < means) asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v[i]) : "l"(from + begin + i * 32) : "memory");
       }
 #pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        const uint4 sum = add<T>(a[n], b[n]);
-        const uint32_t pairs[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const float v = T::to_float(uint16_t(pairs[e / 2] >> e % 2 * 16));
-          squares = fmaf(v, v, squares);
-        }
-      }
+      for (int i = 0; i < 8; ++i) sum += v[i];
     }
 #pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(~0u, squares, lanes);
-    if (threadIdx.x % 32 == 0) shared[token * kWarps + warp] = squares;
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    if (lane == 0) factors[token] = rsqrtf(sum);
   }
-  __syncthreads();
-  float squares = 0;
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) squares += shared[owner * kWarps + i];
-  __syncthreads();
-  return rsqrtf(squares / p.K + p.eps);
 }

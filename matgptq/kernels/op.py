@@ -1,12 +1,14 @@
 """``torch.ops.matgptq.packed_linear``: the layer in the kernels' layout, by the kernels or, on a CPU, by unpacking.
 
 ``packed_linear_at`` is the same with the width in a tensor, for compiled code that serves all widths;
-``packed_linears_at`` is several of these that share ``x``; ``normed_linears_at`` is that of ``rms_norm(x + residual)``.
+``packed_linears_at`` is several of these that share ``x``. `shared_norm` has those around RMSNorm of a sum.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +22,6 @@ from .packing import TILE, follows, joined, unpack, unpack_scales
 library.define(
     "packed_linear(Tensor x, Tensor planes, Tensor scales, Tensor? zeros, Tensor? bias, int in_features, "
     "int out_features, int bits, int group_size, str rule, bool resident, bool gated=False) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-library.define(
-    "normed_linears_at(Tensor x, Tensor residual, Tensor norm, float eps, Tensor[] planes, Tensor[] scales, "
-    "Tensor[] zeros, Tensor[] biases, Tensor[] widths, int in_features, int[] out_features, int group_size, str rule, "
-    "bool resident, bool gated=False) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.define(
@@ -179,7 +175,7 @@ def _packed_linear_at_fake(
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def _packed_linears_at(
+def packed_linears_at(
     x: Tensor,
     planes: list[Tensor],
     scales: list[Tensor],
@@ -200,15 +196,23 @@ def _packed_linears_at(
 
     Where ``gated``, the layers are two of one size, and the result is ``silu(first) * second``.
     """
-    calls = _calls_of(planes, scales, zeros, biases, widths, out_features, gated)
+    calls = calls_of(planes, scales, zeros, biases, widths, out_features, gated)
     kind: dict[str, Any] = {"in_features": in_features, "group_size": group_size, "rule": rule, "resident": resident}
-    outputs = [packed_linear(x, *operands, **kind, **own) for operands, own in calls]  # type: ignore[misc]
+    return results_of(calls, gated, partial(packed_linear, x, **kind))
+
+
+def results_of(calls: Calls, gated: bool, linear: Callable[..., Tensor]) -> Tensor:
+    """What ``linear`` returns of each call, as one."""
+    outputs = [linear(*operands, **own) for operands, own in calls]
     if gated and not calls[0][1]["gated"]:
         return silu_and_mul(torch.cat(outputs, -1))  # a width each
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
-def _calls_of(
+Calls = list[tuple[list[Any], dict[str, Any]]]
+
+
+def calls_of(
     planes: list[Tensor],
     scales: list[Tensor],
     zeros: list[Tensor],
@@ -216,8 +220,8 @@ def _calls_of(
     widths: list[Tensor],
     out_features: list[int],
     gated: bool,
-) -> list[tuple[list[Any], dict[str, Any]]]:
-    """Operands of the calls that `_packed_linears_at` makes, and what is each's own; a gated call is of all layers."""
+) -> Calls:
+    """Operands of the calls that `packed_linears_at` makes, and what is each's own; a gated call is of all layers."""
     served = [width.tolist() for width in widths]
     each = len(scales) // len(planes)
     chosen = [scales[i * each + index] for i, (_, index) in enumerate(served)]
@@ -238,76 +242,6 @@ def _calls_of(
         parts = [joined(tensors[start:stop]) if tensors else None for tensors in operands]
         calls.append((parts, {"out_features": outputs, "bits": served[start][0], "gated": as_one}))
     return calls
-
-
-_BOUND = ("bits", "group_size", "in_features", "out_features", "rule", "resident", "gated")  # in the order of `bind`
-
-
-def normed_linear(
-    x: Tensor, residual: Tensor, norm: Tensor, eps: float, *operands: Tensor | None, **layer: Any
-) -> tuple[Tensor, Tensor]:
-    """`packed_linear` of ``rms_norm(x + residual)``, and ``x + residual``.
-
-    Args:
-        x, residual, norm, eps: as of `add_rms_norm`.
-        operands: planes, scales, zeros and bias of `packed_linear`.
-        layer: all its other arguments.
-
-    On a GPU this is one kernel for one token where few.cu is chosen; else norm.cu makes the layer's input first.
-    """
-    if x.is_cuda:
-        return bind(*(layer[name] for name in _BOUND)).normed(x, residual, norm, eps, *operands)  # type: ignore[arg-type]
-    z, total = add_rms_norm(x, residual, norm, eps)
-    return packed_linear(z, *operands, **layer), total  # type: ignore[arg-type]
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm (arXiv 1910.07467) of a sum, and the sum: ``h / sqrt(mean(h^2) + eps) * norm`` of ``h = x + residual``.
-
-    Args:
-        x, residual: ``(..., K)``.
-        norm: ``(K,)``.
-        eps: what is added to the mean of squares.
-
-    Types are those of Transformers' layers: the mean is float32, what is multiplied by ``norm`` rounded to x's type.
-    """
-    total = x + residual
-    h = total.float()
-    return norm * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype), total
-
-
-def _normed_linears_at(
-    x: Tensor,
-    residual: Tensor,
-    norm: Tensor,
-    eps: float,
-    planes: list[Tensor],
-    scales: list[Tensor],
-    zeros: list[Tensor],
-    biases: list[Tensor],
-    widths: list[Tensor],
-    in_features: int,
-    out_features: list[int],
-    group_size: int,
-    rule: str,
-    resident: bool,
-    gated: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`_packed_linears_at` of ``rms_norm(x + residual)``, and the sum."""
-    layers = (planes, scales, zeros, biases, widths)
-    calls = _calls_of(*layers, out_features, gated)
-    if len(calls) > 1:
-        z, total = add_rms_norm(x, residual, norm, eps)
-        return _packed_linears_at(z, *layers, in_features, out_features, group_size, rule, resident, gated), total
-    operands, own = calls[0]
-    kind: dict[str, Any] = {"in_features": in_features, "group_size": group_size, "rule": rule, "resident": resident}
-    return normed_linear(x, residual, norm, eps, *operands, **kind, **own)  # type: ignore[misc]
-
-
-def _normed_linears_at_fake(
-    x: Tensor, residual: Tensor, norm: Tensor, eps: float, *layers: Any
-) -> tuple[Tensor, Tensor]:
-    return _packed_linears_at_fake(x, *layers), torch.empty_like(x)
 
 
 def silu_and_mul(y: Tensor) -> Tensor:
@@ -392,7 +326,5 @@ library.impl("packed_linear", _packed_linear_cuda, "CUDA")
 torch.library.register_fake("matgptq::packed_linear", _packed_linear_fake, lib=library)
 library.impl("packed_linear_at", _packed_linear_at, "CompositeExplicitAutograd")
 torch.library.register_fake("matgptq::packed_linear_at", _packed_linear_at_fake, lib=library)
-library.impl("packed_linears_at", _packed_linears_at, "CompositeExplicitAutograd")
+library.impl("packed_linears_at", packed_linears_at, "CompositeExplicitAutograd")
 torch.library.register_fake("matgptq::packed_linears_at", _packed_linears_at_fake, lib=library)
-library.impl("normed_linears_at", _normed_linears_at, "CompositeExplicitAutograd")
-torch.library.register_fake("matgptq::normed_linears_at", _normed_linears_at_fake, lib=library)

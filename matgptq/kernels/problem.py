@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 
 TILE = 64  # rows and k of a weight tile, packing.TILE
+MEAN_ROWS = 16  # norm.cuh, kMeanRows: rows of a sum whose squares are added up
+_MOST_SHARED = 2  # tokens of which calls share a norm: with more, what each block reads of it costs as much as norm.cu
 # KiB of shared memory that a block may have. An SM has one more, of which the system takes one a block.
 _SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 
@@ -13,7 +15,8 @@ class Problem:
 
     ``dtype`` is "float16" or "bfloat16"; ``group_size`` -1 is one group a row; ``resident``: the weights are held as
     8-bit planes; ``zeros``: there is a zeros tensor (else 128); ``sm`` is 10 * major + minor; ``gated``: the weights
-    are those of two layers of N rows, one after the other, and the outputs ``silu(first) * second``.
+    are those of two layers of N rows, one after the other, and the outputs ``silu(first) * second``; ``summed`` and
+    ``scaled``: RMSNorm of a sum follows, or came before, and the calls may share it (norm.cuh).
     """
 
     M: int
@@ -27,7 +30,13 @@ class Problem:
     zeros: bool = False
     sm: int = 90
     gated: bool = False
-    normed: bool = False
+    summed: bool = False
+    scaled: bool = False
+
+    @property
+    def shares_norm(self) -> bool:
+        """Whether the calls around RMSNorm of a sum do its work; else norm.cu does, after the first of them."""
+        return self.M <= _MOST_SHARED and self.dtype == "bfloat16"
 
     @property
     def rounds(self) -> bool:
@@ -97,6 +106,8 @@ def can_implement(problem: Problem) -> tuple[bool, str]:
         return False, f"out_features must be positive, got {p.N}"
     if p.gated and p.N % TILE:
         return False, f"out_features must be a multiple of {TILE} in a gated layer, got {p.N}"
+    if p.summed and (p.gated or p.N % MEAN_ROWS):
+        return False, f"out_features must be a multiple of {MEAN_ROWS}, and not gated, before a norm, got {p.N}"
     if p.group_size != -1 and (p.group_size < 16 or p.group_size % 16 or p.K % p.group_size):
         return False, f"group_size must be -1 or a multiple of 16 that divides in_features {p.K}, got {p.group_size}"
     return True, ""

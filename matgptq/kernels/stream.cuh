@@ -12,6 +12,7 @@
 //   ROW_TILES    64-row tiles a warp;  K_TILES  k tiles a turn, 1 or 2;  WARPS_N, WARPS_K  warps along rows and along k
 //   STAGES       turns a warp has in flight;  BLOCKS  blocks an SM the registers must allow
 //   GATED        1: see call.cuh; N is then a multiple of 64, and WARPS_N * ROW_TILES even
+//   SUMMED, SCALED  1: see norm.cuh; N is then a multiple of 16, and the blocks of a cluster finish at least 16 outputs each
 #pragma once
 #include "call.cuh"
 
@@ -20,6 +21,8 @@ constexpr int kBlockTiles = WARPS_N * ROW_TILES, kRows = 64 * kBlockTiles;
 constexpr int kHalves = GATED ? 2 : 1;  // layers that an output takes a sum of
 constexpr int kOutputTiles = kBlockTiles / kHalves, kOutputs = kRows / kHalves;
 static_assert(kBlockTiles % kHalves == 0);
+static_assert(!(SUMMED && GATED));
+constexpr int kFactorBytes = SCALED ? 128 : 0;  // shared memory of a block begins with its tokens' factors
 constexpr int kPitch = kRows + 4;    // of a token's partial sums: the lanes of a store hit 32 banks
 constexpr int kTurn = 64 * K_TILES;  // k of a turn
 // Parts of a turn that share a scale for certain.
@@ -162,26 +165,56 @@ __device__ __forceinline__ void wait_for_inbox(uint32_t barrier) {
 
 __device__ __forceinline__ void add_to(float (&sum)[4], const float4& v) { sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w; }
 
+// SUMMED: what is added to a quad, and multiplies it.
+struct Addend {
+  uint2 residual, weight;
+
+  __device__ __forceinline__ Addend(const Params& p, const Place& at, int quad) : residual(), weight() {
+    const int token = quad / kTokenQuads, n = at.first_row + quad % kTokenQuads * 4;
+    if (!SUMMED || token >= at.tokens || n >= p.N) return;
+    residual = *reinterpret_cast<const uint2*>(p.norm.residual + size_t(at.first_token + token) * p.N + n);
+    weight = *reinterpret_cast<const uint2*>(p.norm.weight + n);
+  }
+};
+
+// SUMMED: asks for the weights of the block's rows to come to the L2: a step has read them a step ago.
+__device__ __forceinline__ void prefetch_weights(const Params& p, const Place& at) {
+  constexpr int kLine = 64;  // of 128 bytes
+  const int n = at.first_row + threadIdx.x * kLine;
+  if (SUMMED && threadIdx.x < kOutputs / kLine && n < p.N) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.norm.weight + n));
+}
+
 // Adds up partial sums, [warp_k][most_tokens][row] from the start of shared memory, of the block's warps and of the cluster's
-// blocks, and stores y: `unit` times the sums.
-__device__ __forceinline__ void finish(const Params& p, const Place& at, unsigned char* shared, int most_tokens, float unit) {
+// blocks, and stores y: `unit` times the sums, and with SCALED times their tokens' `factors`.
+__device__ __forceinline__ void finish(const Params& p, const Place& at, unsigned char* shared, int most_tokens, float unit,
+                                       const float* factors) {
+  const int quads = at.tokens * kTokenQuads, first = at.split << p.share_bits;
+  const Addend early(p, at, first + threadIdx.x);  // of the thread's first quad, which is often its only one
   auto store = [&](int quad, const float (&sums)[kHalves][4]) {
     const int token = quad / kTokenQuads, n = at.first_row + quad % kTokenQuads * 4, rows = p.N - n;  // from here to the end
     if (rows <= 0) return;
+    const float factor = SCALED ? unit * factors[token] : unit;
     uint32_t y[kHalves][2];
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       float v[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        v[e] = sums[half][e] * unit;
+        v[e] = sums[half][e] * factor;
         if (p.bias && e < rows) v[e] += T::to_float(p.bias[n + e + half * p.N]);
       }
       y[half][0] = T::from_floats(v[0], v[1]), y[half][1] = T::from_floats(v[2], v[3]);
     }
     if constexpr (GATED) y[0][0] = gated<T>(y[0][0], y[1][0]), y[0][1] = gated<T>(y[0][1], y[1][1]);
     uint16_t* const to = p.y + size_t(at.first_token + token) * p.N + n;
-    if (GATED || p.N % 4 == 0) {
+    if constexpr (SUMMED) {
+      const Addend with = quad == first + threadIdx.x ? early : Addend(p, at, quad);
+      const uint32_t sum[2] = {add<T>(y[0][0], with.residual.x), add<T>(y[0][1], with.residual.y)};
+      y[0][0] = T::mul2(sum[0], with.weight.x), y[0][1] = T::mul2(sum[1], with.weight.y);
+      *reinterpret_cast<uint2*>(p.norm.sum + (to - p.y)) = make_uint2(sum[0], sum[1]);
+      store_mean(p.norm, p.N, at.first_token + token, n, squares_of<T>(sum[0]) + squares_of<T>(sum[1]));
+    }
+    if (GATED || SUMMED || p.N % 4 == 0) {
       *reinterpret_cast<uint2*>(to) = make_uint2(y[0][0], y[0][1]);
     } else {
 #pragma unroll
@@ -192,7 +225,6 @@ __device__ __forceinline__ void finish(const Params& p, const Place& at, unsigne
   const float4* const partial = reinterpret_cast<const float4*>(shared);
   const float4* const inbox = reinterpret_cast<const float4*>(shared + p.inbox + 16);
   const uint32_t barrier = uint32_t(__cvta_generic_to_shared(shared)) + p.inbox;
-  const int quads = at.tokens * kTokenQuads, first = at.split << p.share_bits;
   if (at.splits > 1) wait_for_cluster();
   for (int quad = threadIdx.x; quad < quads; quad += kThreads) {
     float sums[kHalves][4] = {};

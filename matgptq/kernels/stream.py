@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .problem import TILE, Problem
+from .problem import MEAN_ROWS, TILE, Problem
 
 MAX_SPLITS = 8  # portable cluster size
+_FACTOR_BYTES = 128  # stream.cuh, kFactorBytes
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,6 @@ class Config:
     chunk_tiles: int
     few: bool = False
     gated: bool = False
-    normed: bool = False
 
     @property
     def threads(self) -> int:
@@ -56,7 +56,7 @@ class Config:
         return -(-turns // self.splits) * self.turn_tiles
 
 
-def defines(config: Config) -> dict[str, str]:
+def defines(problem: Problem, config: Config) -> dict[str, str]:
     """The macros that linear.cu and few.cu are compiled with, besides those of the problem."""
     return {
         "TOKEN_TILES": str(config.token_tiles),
@@ -67,7 +67,8 @@ def defines(config: Config) -> dict[str, str]:
         "STAGES": str(config.stages),
         "BLOCKS": str(config.blocks),
         "GATED": str(int(config.gated)),
-        "NORMED": str(int(config.normed)),
+        "SUMMED": str(int(problem.summed and problem.shares_norm)),
+        "SCALED": str(int(problem.scaled and problem.shares_norm)),
     }
 
 
@@ -101,10 +102,11 @@ def shared_bytes(problem: Problem, config: Config) -> int:
 
     A block starts while others' still run. Where two fit an SM they would be given the first ones that are free, and
     other SMs none. H200, a layer of Llama-3.1-8B: 2026-11-30, one token, 4 bits 43.6 us, 40.9 so; 2026-12-01, 4 tokens
-    by linear.cu, 2 bits 45.0, 40.7. few.cu's tiles that are not normed took up to 8 % longer so.
+    by linear.cu, 2 bits 45.0, 40.7. few.cu's tiles of layers behind no norm took up to 8 % longer so.
     """
-    needed = inbox_offset(problem, config) + _inbox_bytes(problem, config)
-    alone = config.blocks == 1 and (config.normed or not config.few)
+    factors = _FACTOR_BYTES if problem.scaled and problem.shares_norm else 0
+    needed = factors + inbox_offset(problem, config) + _inbox_bytes(problem, config)
+    alone = config.blocks == 1 and (problem.scaled or not config.few)
     return max(needed, (problem.shared_limit + 1) * 512) if alone else needed
 
 
@@ -124,6 +126,7 @@ def supports(config: Config, problem: Problem) -> bool:
         and (not config.gated or (problem.gated and config.warps_n * config.row_tiles % 2 == 0))
         and _chunk_fits(config, problem)
         and 1 <= config.splits <= (MAX_SPLITS if problem.sm >= 90 else 1)
+        and (not problem.summed or 4 << share_bits(problem, config) >= MEAN_ROWS)
         and (config.splits - 1) * split_tiles < problem.k_tiles  # no block without work
         and config.threads * config.blocks <= (2048 if problem.sm in (80, 87, 90, 100, 103) else 1536)
     )
@@ -205,15 +208,15 @@ def _tiles_in_a_step(p: Problem) -> Iterator[tuple[int, int, int, int, int, int]
     that one writes: few.cu, which has asked for a whole ring of weights by then, gains more on linear.cu than alone.
     """
     planes, rows, k = p.planes, p.row_tiles, p.k_tiles
-    if p.normed and 66 < rows <= 128 and k <= 96:
+    if p.scaled and 66 < rows <= 128 and k <= 96:
         yield (2, 4, 2, 3, 4, 1) if planes <= 4 else (1, 2, 4, 3, 2, 1)
-    if p.normed and rows >= 400 and planes <= 3:
+    if p.scaled and rows >= 400 and planes <= 3:
         yield 2, 4, 2, 3, 2, 2
-    if p.normed and rows >= 256 and planes > 6 and not 528 < rows < 660:  # nor a second wave that is nearly empty
+    if p.scaled and rows >= 256 and planes > 6 and not 528 < rows < 660:  # nor a second wave that is nearly empty
         yield 1, 4, 2, 2, 1, 1
     if not 36 <= rows <= 80:
         return
-    if 40 < k <= 96 and not p.normed and p.M == 1:
+    if 40 < k <= 96 and not p.scaled and p.M == 1:
         if planes <= 3:
             yield 2, 1, 4, 3, 2, 1
         elif planes == 4 and k > 64:

@@ -26,7 +26,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Norm:
-    """norm.cu, before a kernel that does not normalise its input itself; it has nothing to choose."""
+    """norm.cu, after a kernel that does not share the norm with the next; it has nothing to choose."""
 
     threads: int = 512
     tokens: int = 1
@@ -41,16 +41,16 @@ def gate_follows(problem: Problem, config: AnyConfig) -> bool:
     return problem.gated and not config.gated
 
 
-def norm_precedes(problem: Problem, config: AnyConfig) -> bool:
-    """Whether a tile takes an input that `Norm` is to make first."""
-    return problem.normed and not (isinstance(config, Config) and config.normed)
+def norm_follows(problem: Problem) -> bool:
+    """Whether the norm after a call is `Norm`'s work."""
+    return problem.summed and not problem.shares_norm
 
 
 def kernels(problem: Problem, config: AnyConfig) -> tuple["AnyConfig | Gate | Norm", ...]:
     """What is launched for a problem, in order."""
-    before = (Norm(),) if norm_precedes(problem, config) else ()
-    after = (Gate(),) if gate_follows(problem, config) else ()
-    return *before, config, *after
+    gate = (Gate(),) if gate_follows(problem, config) else ()
+    norm = (Norm(),) if norm_follows(problem) else ()
+    return config, *gate, *norm
 
 
 def defines(problem: Problem, config: AnyConfig | Gate | Norm) -> dict[str, str]:
@@ -69,7 +69,7 @@ def defines(problem: Problem, config: AnyConfig | Gate | Norm) -> dict[str, str]
         return {"KERNEL": "hopper", **of_problem, **hopper.defines(problem, config)}
     if isinstance(config, ManyConfig):
         return {"KERNEL": "many", **of_problem, **many.defines(config)}
-    return {"KERNEL": "few" if config.few else "linear", **of_problem, **stream.defines(config)}
+    return {"KERNEL": "few" if config.few else "linear", **of_problem, **stream.defines(problem, config)}
 
 
 def architecture(problem: Problem, config: AnyConfig | Gate | Norm) -> str:
@@ -89,8 +89,7 @@ def supports(config: AnyConfig, problem: Problem) -> bool:
 def choose(problem: Problem) -> AnyConfig:
     """The tile, and with it the kernel, for a problem; raises ValueError for one that ``can_implement`` refuses.
 
-    A gated problem may get a tile that is not: one for its ``layer``, which `Gate` follows. A normed one of one token
-    gets few.cu's tile as one that norms its input; `Norm` precedes other tiles.
+    A gated problem may get a tile that is not: one for its ``layer``, which `Gate` follows.
     """
     able, reason = can_implement(problem)
     if not able:
@@ -99,10 +98,6 @@ def choose(problem: Problem) -> AnyConfig:
     config = hopper.choose(layer) or stream.few_choice(layer) or _many_or_linear(layer)
     if problem.gated:
         config = gated_choice(problem, config) or config
-    # Two tokens took vLLM 0.335 s at 3 bits where they had taken 0.298 with norms apart, and some tiles would spill, as
-    # with a zeros tensor.
-    if problem.normed and problem.M == 1 and not problem.zeros and isinstance(config, Config) and config.few:
-        return replace(config, normed=True)
     return config
 
 

@@ -31,7 +31,7 @@ class Copies(Arithmetic):
         cluster: int,
         races: bool,
     ) -> None:
-        super().__init__(kernel, special | {"shared": in_block(0, block % cluster)})
+        super().__init__(kernel, special | dict.fromkeys(("shared", "memory"), in_block(0, block % cluster)))
         self._memory, self._params = memory, np.frombuffer(params, np.uint8)
         self._block, self._shared_size, self._cluster = block, shared, cluster
         self._shared = np.full((block[-1] + 1) * shared, 0xFF, np.uint8)  # all ones are NaN in every format

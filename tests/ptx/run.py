@@ -12,7 +12,8 @@ from .warps import Warps
 
 Jump = Callable[[int, Array], dict[int, Array] | None]
 _OF_WARPS = ("mma.", "wgmma.mma_async", "ldmatrix", "stmatrix", "movmatrix", "shfl", "redux", "bar.warp.sync", "elect")
-_NOTHING = ("fence", "griddepcontrol", "setmaxnreg", "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group")
+_NOTHING = ("fence", "griddepcontrol", "prefetch", "setmaxnreg")
+_NOTHING += ("wgmma.fence", "wgmma.commit_group", "wgmma.wait_group")
 
 
 class Run(Warps):
@@ -106,7 +107,7 @@ class Run(Warps):
         step = self._step(name, parts, operands)
         if opcode.startswith(_OF_WARPS):
             assert test is None, opcode
-            return self._of_warps(step)
+            return self._of_warps(step, self._lanes(operands) if name == "shfl" else lambda threads: 32)
         if test is None:
             return lambda place, threads: step(threads)
 
@@ -217,11 +218,12 @@ class Run(Warps):
 
         return load_anew
 
-    def _of_warps(self, step: Step) -> Jump:
+    def _of_warps(self, step: Step, lanes_of: Callable[[Array], int]) -> Jump:
         def step_of_warps(place: int, threads: Array) -> dict[int, Array] | None:
             if place in self._partial:
                 threads = np.sort(np.concatenate([self._partial.pop(place), threads]))
-            whole = np.bincount(threads // 32)[threads // 32] == 32
+            lanes = lanes_of(threads)
+            whole = np.bincount(threads // lanes)[threads // lanes] == lanes
             if whole.all():
                 step(threads)
                 return {place + 1: threads}

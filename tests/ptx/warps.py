@@ -1,6 +1,7 @@
 """Instructions of a warp: their threads come in whole ones."""
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 
@@ -101,16 +102,30 @@ class Warps(Copies):
         assert parts[1] == "max"
         return self._apply(operands[:2], [parts[-1]], lambda a: np.repeat(a.reshape(-1, 32).max(1), 32))
 
+    def _lanes(self, operands: list[str]) -> Callable[[Array], int]:
+        """How many neighbouring lanes exchange values, by their mask: four or all."""
+        read = self._read(operands[-1], "u32")
+
+        def lanes_of(threads: Array) -> int:
+            lanes = 32 if (read(threads) == 0xFFFFFFFF).all() else 4
+            assert (read(threads) == (2**lanes - 1) << threads % 32 // lanes * lanes).all()
+            return lanes
+
+        return lanes_of
+
     def _shfl(self, parts: list[str], operands: list[str]) -> Step:
-        def exchange(a: Array, which: Array) -> Array:
-            of = which.reshape(-1, 32).astype(np.int64)
-            of = np.arange(32) ^ of if parts[1] == "bfly" else of
-            return np.take_along_axis(a.reshape(-1, 32), of, 1).reshape(-1)
-
         assert parts[1] in ("bfly", "idx")
+        lanes_of = self._lanes(operands)
+        write = self._write(operands[0].split("|")[0])
+        read, which = self._read(operands[1], parts[-1]), self._read(operands[2], "u32")
 
-        to = operands[0].split("|")[0]
-        return self._apply([to, *operands[1:3]], [parts[-1], "u32"], exchange)
+        def exchange(threads: Array) -> None:
+            lanes = lanes_of(threads)
+            of = np.broadcast_to(which(threads), len(threads)).reshape(-1, lanes).astype(np.int64)
+            of = np.arange(lanes) ^ of if parts[1] == "bfly" else of
+            write(threads, np.take_along_axis(read(threads).reshape(-1, lanes), of, 1).reshape(-1))
+
+        return exchange
 
 
 def values_of(words: Array, kind: str) -> Array:
