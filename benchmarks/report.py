@@ -110,12 +110,6 @@ def read_peers(peers: dict[str, Any]) -> Peers:
     }
 
 
-def joined(few: dict[str, Any], many: dict[str, Any]) -> dict[str, Any]:
-    """Two reports as one: the first's results to 16 tokens, the second's beyond."""
-    rows = [r for r in few["results"] if r["M"] <= 16] + [r for r in many["results"] if r["M"] > 16]
-    return {"device": few["device"], "results": rows}
-
-
 def ratio(row: dict[str, Any]) -> float:
     """How many times as fast as torch.matmul."""
     return row["torch_us"] / row["us"]
@@ -217,12 +211,13 @@ def gated_table(report: dict[str, Any]) -> str:
 
 
 def chain_table(report: dict[str, Any]) -> str:
-    """Microseconds of a model's layers by tiles chosen for calls alone, and as they are chosen."""
-    times = {(model, bits): (alone, chosen) for model, M, bits, chosen, alone in report["results"] if M == 1}
-    widths = sorted({bits for _, bits in times})
-    lines = head("", [f"{bits} bits" for bits in widths])
-    for model in dict.fromkeys(model for model, _ in times):
-        lines.append(line(model, (", ".join(f"{us:.1f}" for us in times[model, bits]) for bits in widths)))
+    """Microseconds of a model's layers in a chain by number of tokens, before and after a change."""
+    times = {(model, bits, M): (before, after) for model, M, bits, before, after in report["results"]}
+    batches = sorted({M for *_, M in times})
+    lines = head("", of_tokens(batches))
+    for model, bits in sorted({key[:2] for key in times}):
+        cells = (times.get((model, bits, M), ()) for M in batches)
+        lines.append(line(f"{model}, {bits} bits", (", ".join(f"{us:.1f}" for us in cell) for cell in cells)))
     return "\n".join(lines) + "\n"
 
 
@@ -353,15 +348,15 @@ def main() -> None:
         path = ROOT / "benchmarks" / "results" / f"{name}.json"
         return json.loads(path.read_text(encoding="utf-8"))
 
-    docs, many = ROOT / "docs", read("h200/linear")
-    write_linear(joined(read("h200/linear_few"), many), read_peers(read("h200/peers")), ROOT)
+    docs, linear = ROOT / "docs", read("h200/linear")
+    write_linear(linear, read_peers(read("h200/peers")), ROOT)
     fill(docs / "kernels.md", "models", models_table(read("h200/linear_models")))
     fill(docs / "kernels.md", "gated", gated_table(read("h200/gated_tiles")))
-    fill(docs / "kernels.md", "chain", chain_table(read("h200/chain_chosen")))
-    fill(docs / "kernels.md", "without wgmma", older_table(read("h200/many_tiles"), many))
-    served = [read(f"h200/{name}") for name in ("vllm", "vllm_packed", "vllm_resident", "vllm_again", "vllm_normed")]
+    fill(docs / "kernels.md", "chain", chain_table(read("h200/chain_steps")))
+    fill(docs / "kernels.md", "without wgmma", older_table(read("h200/many_tiles"), linear))
+    served = [read(f"h200/{name}") for name in ("vllm", "vllm_first", "vllm_resident")]
     fill(docs / "vllm.md", "vllm", vllm_table(*served))
-    plot_vllm(ROOT / "assets" / "vllm_speedups.svg", *served[:2])
+    plot_vllm(ROOT / "assets" / "vllm_speedups.svg", served[0])
     fill(docs / "transformers.md", "transformers", transformers_table(read("h200/transformers")))
     fill(docs / "transformers.md", "packed", transformers_table(read("h200/transformers_packed")))
     demo = read("cpu/demo")

@@ -322,7 +322,7 @@ def _tiles_of_few_tokens(p: Problem, t: int) -> Iterator[HopperConfig]:
     few_planes, some_planes = p.planes <= 3, p.planes <= 6
     if rows <= 22 and two:
         yield HopperConfig(1, 1, t, 2, 2, 6)
-    if t <= 16:  # as a step has them
+    if t <= 16:  # as a step has them (2026-12-01, `chain_few_tokens.json`)
         if rows <= 66 and not short:
             yield _lengthened(p, HopperConfig(1, 1, t, 2, 1, 2))
         if t == 8 and 66 < rows <= 132 and short and not some_planes:

@@ -204,8 +204,9 @@ def _tiles_in_a_step(p: Problem) -> Iterator[tuple[int, int, int, int, int, int]
     """K tiles a turn, warps along rows and k, stages, blocks of a cluster and an SM, of layers as a step has them.
 
     H200, 2026-11-30: layers of Llama-3.1-8B (2, 3, 4, 8 bits), Qwen3-4B and 14B (2, 4 bits), one after the other
-    (`benchmarks/results/h200/chain_tiles.json`). A layer starts while one of another shape ends, and waits for what
-    that one writes: few.cu, which has asked for a whole ring of weights by then, gains more on linear.cu than alone.
+    (`benchmarks/results/h200/chain_tiles.json`; two tokens 2026-12-01, `chain_few_tokens.json`). A layer starts while
+    one of another shape ends, and waits for what that one writes: few.cu, which has asked for a whole ring of weights
+    by then, gains more on linear.cu than alone.
     """
     planes, rows, k = p.planes, p.row_tiles, p.k_tiles
     if p.scaled and 66 < rows <= 128 and k <= 96:
@@ -302,7 +303,8 @@ def _three_to_eight(p: Problem, two: int) -> tuple[int, int, int, int, int, int]
     """K tiles a turn, warps along rows and k, stages, blocks an SM and in a cluster, for 3 to 8 tokens.
 
     H200, 2026-11-30: 15 shapes, 2, 4 and 8 bits, 4 and 8 tokens (`benchmarks/results/h200/stream_tiles.json`). A block
-    of more rows reads x less often, one of less k has less of x to wait for.
+    of more rows reads x less often, one of less k has less of x to wait for. To k = 96, and 80 row tiles, as a step of
+    Llama-3.1-8B and Qwen3-14B has them (2026-12-01, `chain_few_tokens.json`).
     """
     rows, k = p.row_tiles, p.k_tiles
     if p.sm < 90:  # no clusters
