@@ -117,14 +117,14 @@ class BoundMatmul:
         zeros: torch.Tensor | None,
         bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`kernels.op.summed_linear`.
+        """`shared_norm.summed_linear`.
 
         Raises ValueError for arguments that do not fit.
         """
         key = (x.shape, x.dtype, zeros is not None, x.get_device(), "summed")
-        M, shape, strides, launcher = self._plans.get(key) or self._plan(*key)
+        M, shape, _, launcher = self._plans.get(key) or self._plan(*key)
         _check_norm(x, shape, residual, norm, eps)
-        y, total = (_empty(shape, strides, x.dtype) for _ in range(2))
+        y, total = x.new_empty(shape), x.new_empty(shape)
         means = torch.empty((*shape[:-1], shape[-1] // MEAN_ROWS), dtype=torch.float32, device=x.device)
         residual, norm = _readable(residual), _readable(norm)
         rest = (means.data_ptr(), residual.data_ptr(), norm.data_ptr(), total.data_ptr(), eps)
@@ -140,18 +140,18 @@ class BoundMatmul:
         zeros: torch.Tensor | None,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        """`kernels.op.scaled_linear`.
+        """`shared_norm.scaled_linear`.
 
         Raises ValueError for arguments that do not fit.
         """
         key = (z.shape, z.dtype, zeros is not None, z.get_device(), "scaled")
-        M, shape, strides, launcher = self._plans.get(key) or self._plan(*key)
+        M, shape, _, launcher = self._plans.get(key) or self._plan(*key)
         wanted = (*z.shape[:-1], z.shape[-1] // MEAN_ROWS)
         if means.dtype != torch.float32 or means.shape != wanted or means.device != z.device:
             got = f"{means.dtype} {tuple(means.shape)} on {means.device}"
             raise ValueError(f"means must be torch.float32 {wanted} on {z.device}, got {got}")
         means = _readable(means)
-        y = _empty(shape, strides, z.dtype)
+        y = z.new_empty(shape)
         rest = (means.data_ptr(), 0, 0, 0, 0.0) if launcher.problem.scaled else ()
         self._run(launcher, M, z, (planes, scales, zeros, bias), y, rest)
         return y

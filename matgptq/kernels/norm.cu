@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) matgptq_norm(const __grid
   const uint4 first_norm = threadIdx.x < vectors ? p.norm[threadIdx.x] : uint4{};
   for (int i = kThreads + threadIdx.x; i < vectors; i += kThreads) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.norm + i));
 #if __CUDA_ARCH__ >= 900
-  // linear.cu's blocks, which take few tokens, would start two on an SM while others still work; hopper.cu's have one each.
+  // With 3 to 8 tokens linear.cu is next, which took longer so (docs/kernels.md).
   const bool early = p.M > 8;
   if (early) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -175,7 +175,7 @@ def _packed_linear_at_fake(
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def packed_linears_at(
+def _packed_linears_at(
     x: Tensor,
     planes: list[Tensor],
     scales: list[Tensor],
@@ -326,5 +326,5 @@ library.impl("packed_linear", _packed_linear_cuda, "CUDA")
 torch.library.register_fake("matgptq::packed_linear", _packed_linear_fake, lib=library)
 library.impl("packed_linear_at", _packed_linear_at, "CompositeExplicitAutograd")
 torch.library.register_fake("matgptq::packed_linear_at", _packed_linear_at_fake, lib=library)
-library.impl("packed_linears_at", packed_linears_at, "CompositeExplicitAutograd")
+library.impl("packed_linears_at", _packed_linears_at, "CompositeExplicitAutograd")
 torch.library.register_fake("matgptq::packed_linears_at", _packed_linears_at_fake, lib=library)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 TILE = 64  # rows and k of a weight tile, packing.TILE
 MEAN_ROWS = 16  # norm.cuh, kMeanRows: rows of a sum whose squares are added up
-_MOST_SHARED = 2  # tokens of which calls share a norm: with more, what each block reads of it costs as much as norm.cu
+_MOST_SHARED = 2  # tokens of which calls share a norm: with more norm.cu is as fast, or faster
 # KiB of shared memory that a block may have. An SM has one more, of which the system takes one a block.
 _SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 
