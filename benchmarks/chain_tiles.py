@@ -1,4 +1,4 @@
-"""Tiles of a model's layers, timed one after the other as in a decoding step: `stream.few_choice` is read off them.
+"""Tiles of a model's layers, timed one after the other as in a decoding step: for the rules of `stream` and `hopper`.
 
     PYTHONPATH=. python benchmarks/chain_tiles.py --models llama-3.1-8b --bits 2 3 4 --out chain_tiles.json
 

@@ -31,6 +31,7 @@ from torch._inductor.pattern_matcher import (
 )
 
 from . import overlap
+from .kernels.matmul import means_of
 from .kernels.packing import TILE, follows
 from .kernels.problem import MEAN_ROWS
 
@@ -196,8 +197,7 @@ def norm_linears(
                 continue
             with graph.inserting_before(place):
                 call = graph.call_function(first[0], (before.args[0], residual, *norm, *first[1]))
-                value = before.meta["val"]
-                means = value.new_empty((*value.shape[:-1], value.shape[-1] // MEAN_ROWS), dtype=torch.float32)
+                means = means_of(before.meta["val"])
                 call.meta["val"] = (z.meta["val"], total.meta["val"], means)
                 outputs = [graph.call_function(operator.getitem, (call, i)) for i in range(3)]
             for output, meta in zip(outputs, (z.meta, total.meta, {"val": means}), strict=True):

@@ -19,7 +19,7 @@ from matgptq.kernels.problem import MEAN_ROWS
 from matgptq.overlap import OPTION, SCHEDULER_OPTION, WaitFirst
 
 _ops = torch.ops.vllm_matgptq
-_OPS = str(Path(__file__).with_name("linear.py"))
+_OPS_FILE = str(Path(__file__).with_name("linear.py"))
 
 
 class FuseLinears(CustomGraphPass):
@@ -32,7 +32,7 @@ class FuseLinears(CustomGraphPass):
 
     def uuid(self) -> Any:
         """What compiled code is cached by."""
-        return get_hash_for_files((__file__, _OPS, inductor.__file__)).hex()  # vLLM writes it as JSON
+        return get_hash_for_files((__file__, _OPS_FILE, inductor.__file__)).hex()  # vLLM writes it as JSON
 
 
 def _gated_call(node: fx.Node, size: int) -> tuple[Any, ...] | None:
@@ -50,7 +50,7 @@ def _scaled_call(node: fx.Node) -> inductor.Call | None:
 
 
 def set_compile_options(vllm_config: Any) -> None:
-    """Have vLLM's compiler call `gate_linears`, and its kernels overlap with ours (`matgptq.overlap`).
+    """Have vLLM's compiler call `FuseLinears`, and its kernels overlap with ours (`matgptq.overlap`).
 
     Options that the user has set stay.
     """

@@ -28,6 +28,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from matgptq.kernels.matmul import buckets, warmup
 from matgptq.kernels.op import silu_and_mul
 from matgptq.kernels.packing import TILE
+from matgptq.kernels.problem import MEAN_ROWS
 from matgptq.kernels.shared_norm import normalised, normalised_sum, summed_fake
 from matgptq.kernels.tiles import can_implement
 from matgptq.linear import MatGPTQLinear
@@ -145,18 +146,21 @@ class FusedLinear(nn.Module):
 
     def summed(self, x: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         """z, the sum and means of ``rms_norm(forward(x) + residual)`` (`matgptq.kernels.shared_norm`)."""
-        run = self.runs[0]
-        if len(self.runs) == 1 and isinstance(run, PackedLinear) and run.perm is None:
-            return run.summed(x, residual, norm, eps)
-        return normalised_sum(self(x), residual, norm, eps)
+        run = self._only_run()
+        return normalised_sum(self(x), residual, norm, eps) if run is None else run.summed(x, residual, norm, eps)
 
     def scaled(self, z: Tensor, means: Tensor, gated: bool) -> Tensor:
         """`gated`, or `forward`, of what `summed` returned."""
-        run = self.runs[0]
-        if len(self.runs) == 1 and isinstance(run, PackedLinear) and run.perm is None and (self._gates() or not gated):
+        run = self._only_run()
+        if run is not None and (self._gates() or not gated):
             return run.scaled(z, means, gated)
         z = normalised(z, means)
         return self.gated(z) if gated else self(z)
+
+    def _only_run(self) -> PackedLinear | None:
+        """The layer that is all, if one is, and the kernels take its columns in their order."""
+        run = self.runs[0]
+        return run if len(self.runs) == 1 and isinstance(run, PackedLinear) and run.perm is None else None
 
     def _gates(self) -> bool:
         """Whether the kernels compute `gated` as one."""
@@ -190,9 +194,9 @@ class FusedLinear(nn.Module):
         for run, count, gated in itertools.product(runs, tokens, (False, True) if self._gates() else (False,)):
             plain = run.problem(count, gated)
             problems |= {plain, replace(plain, scaled=True)}
-            if len(self.sizes) == 1:
+            if len(self.sizes) == 1 and run.out_features % MEAN_ROWS == 0:
                 problems.add(replace(plain, summed=True))
-        problems = {p for p in problems if can_implement(p)[0]} - _warm
+        problems -= _warm
         if problems:
             warmup(problems, runs[0].planes.device)
             _warm.update(problems)

@@ -125,7 +125,7 @@ class BoundMatmul:
         M, shape, _, launcher = self._plans.get(key) or self._plan(*key)
         _check_norm(x, shape, residual, norm, eps)
         y, total = x.new_empty(shape), x.new_empty(shape)
-        means = torch.empty((*shape[:-1], shape[-1] // MEAN_ROWS), dtype=torch.float32, device=x.device)
+        means = means_of(y)
         residual, norm = _readable(residual), _readable(norm)
         rest = (means.data_ptr(), residual.data_ptr(), norm.data_ptr(), total.data_ptr(), eps)
         self._run(launcher, M, x, (planes, scales, zeros, bias), y, rest)
@@ -265,6 +265,11 @@ def _launcher(
     if not able:
         raise ValueError(reason)
     return make_launcher(problem, choose(problem), index)
+
+
+def means_of(y: torch.Tensor) -> torch.Tensor:
+    """Room for the means of sums of y's shape (norm.cuh): float32 ``(..., out_features / 16)``."""
+    return y.new_empty((*y.shape[:-1], y.shape[-1] // MEAN_ROWS), dtype=torch.float32)
 
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:

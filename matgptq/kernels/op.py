@@ -132,8 +132,8 @@ def packed_linear_at(
     )
 
 
-def _packed_linear_at(
-    x: Tensor,
+def linear_at(
+    linear: Callable[..., Any],
     planes: Tensor,
     scales: list[Tensor],
     zeros: Tensor | None,
@@ -144,10 +144,10 @@ def _packed_linear_at(
     group_size: int,
     rule: str,
     resident: bool,
-) -> Tensor:
+) -> Any:
+    """What ``linear``, of `packed_linear`'s arguments but x, returns at the width that ``width`` holds."""
     bits, index = width.tolist()
-    return packed_linear(
-        x,
+    return linear(
         planes,
         scales[index],
         zeros,
@@ -161,7 +161,11 @@ def _packed_linear_at(
     )
 
 
-def _packed_linear_at_fake(
+def _packed_linear_at(x: Tensor, *layer: Any) -> Tensor:
+    return linear_at(partial(packed_linear, x), *layer)
+
+
+def packed_linear_at_fake(
     x: Tensor,
     planes: Tensor,
     scales: list[Tensor],
@@ -172,11 +176,12 @@ def _packed_linear_at_fake(
     out_features: int,
     *rest: int | str | bool,
 ) -> Tensor:
+    """``(..., out_features)``."""
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def _packed_linears_at(
-    x: Tensor,
+def linears_at(
+    linear: Callable[..., Tensor],
     planes: list[Tensor],
     scales: list[Tensor],
     zeros: list[Tensor],
@@ -189,30 +194,26 @@ def _packed_linears_at(
     resident: bool,
     gated: bool = False,
 ) -> Tensor:
-    """`packed_linear_at` of several layers: ``(..., sum(out_features))``, one after another.
+    """`linear_at` of several layers: ``(..., sum(out_features))``, one after another.
 
     Neighbours that lie one after another in memory and are served at one width are one call of the kernel. ``scales``
     are as many of each layer, layer by layer; ``zeros`` and ``biases`` are one of each layer, or none.
 
     Where ``gated``, the layers are two of one size, and the result is ``silu(first) * second``.
     """
-    calls = calls_of(planes, scales, zeros, biases, widths, out_features, gated)
+    calls = _calls_of(planes, scales, zeros, biases, widths, out_features, gated)
     kind: dict[str, Any] = {"in_features": in_features, "group_size": group_size, "rule": rule, "resident": resident}
-    return results_of(calls, gated, partial(packed_linear, x, **kind))
-
-
-def results_of(calls: Calls, gated: bool, linear: Callable[..., Tensor]) -> Tensor:
-    """What ``linear`` returns of each call, as one."""
-    outputs = [linear(*operands, **own) for operands, own in calls]
+    outputs = [linear(*operands, **kind, **own) for operands, own in calls]
     if gated and not calls[0][1]["gated"]:
         return silu_and_mul(torch.cat(outputs, -1))  # a width each
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
-Calls = list[tuple[list[Any], dict[str, Any]]]
+def _packed_linears_at(x: Tensor, *layers: Any) -> Tensor:
+    return linears_at(partial(packed_linear, x), *layers)
 
 
-def calls_of(
+def _calls_of(
     planes: list[Tensor],
     scales: list[Tensor],
     zeros: list[Tensor],
@@ -220,8 +221,8 @@ def calls_of(
     widths: list[Tensor],
     out_features: list[int],
     gated: bool,
-) -> Calls:
-    """Operands of the calls that `packed_linears_at` makes, and what is each's own; a gated call is of all layers."""
+) -> list[tuple[list[Any], dict[str, Any]]]:
+    """Operands of the calls that `linears_at` makes, and what is each's own; a gated call is of all layers."""
     served = [width.tolist() for width in widths]
     each = len(scales) // len(planes)
     chosen = [scales[i * each + index] for i, (_, index) in enumerate(served)]
@@ -250,7 +251,7 @@ def silu_and_mul(y: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def _packed_linears_at_fake(
+def packed_linears_at_fake(
     x: Tensor,
     planes: list[Tensor],
     scales: list[Tensor],
@@ -264,6 +265,7 @@ def _packed_linears_at_fake(
     resident: bool,
     gated: bool = False,
 ) -> Tensor:
+    """``(..., out_features)`` of all layers, or of one where ``gated``."""
     return x.new_empty(*x.shape[:-1], out_features[0] if gated else sum(out_features))
 
 
@@ -325,6 +327,6 @@ library.impl("packed_linear", _packed_linear_cpu, "CPU")
 library.impl("packed_linear", _packed_linear_cuda, "CUDA")
 torch.library.register_fake("matgptq::packed_linear", _packed_linear_fake, lib=library)
 library.impl("packed_linear_at", _packed_linear_at, "CompositeExplicitAutograd")
-torch.library.register_fake("matgptq::packed_linear_at", _packed_linear_at_fake, lib=library)
+torch.library.register_fake("matgptq::packed_linear_at", packed_linear_at_fake, lib=library)
 library.impl("packed_linears_at", _packed_linears_at, "CompositeExplicitAutograd")
-torch.library.register_fake("matgptq::packed_linears_at", _packed_linears_at_fake, lib=library)
+torch.library.register_fake("matgptq::packed_linears_at", packed_linears_at_fake, lib=library)

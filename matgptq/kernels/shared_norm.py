@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from ..ops import library
-from .matmul import bind
-from .op import calls_of, packed_linear, results_of
-from .problem import MEAN_ROWS
+from .matmul import bind, means_of
+from .op import linear_at, linears_at, packed_linear, packed_linear_at_fake, packed_linears_at_fake
 
 library.define(
     "summed_linear_at(Tensor x, Tensor residual, Tensor norm, float eps, Tensor planes, Tensor[] scales, "
@@ -90,7 +89,7 @@ def normalised_sum(y: Tensor, residual: Tensor, norm: Tensor, eps: float) -> tup
     total = y + residual
     h = total.float()
     z = norm * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(y.dtype)
-    means = y.new_zeros((*y.shape[:-1], y.shape[-1] // MEAN_ROWS), dtype=torch.float32)
+    means = means_of(y).zero_()
     means[..., 0] = 1
     return z, total, means
 
@@ -102,100 +101,27 @@ def normalised(z: Tensor, means: Tensor) -> Tensor:
 
 def summed_fake(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What `summed_linear` returns where the layer would return ``y``, but for the values."""
-    means = y.new_empty((*y.shape[:-1], y.shape[-1] // MEAN_ROWS), dtype=torch.float32)
-    return y, torch.empty_like(y), means
+    return y, torch.empty_like(y), means_of(y)
 
 
 def _summed_linear_at(
-    x: Tensor,
-    residual: Tensor,
-    norm: Tensor,
-    eps: float,
-    planes: Tensor,
-    scales: list[Tensor],
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    width: Tensor,
-    in_features: int,
-    out_features: int,
-    group_size: int,
-    rule: str,
-    resident: bool,
+    x: Tensor, residual: Tensor, norm: Tensor, eps: float, *layer: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    bits, index = width.tolist()
-    return summed_linear(
-        x,
-        residual,
-        norm,
-        eps,
-        planes,
-        scales[index],
-        zeros,
-        bias,
-        in_features=in_features,
-        out_features=out_features,
-        bits=bits,
-        group_size=group_size,
-        rule=rule,
-        resident=resident,
-        gated=False,
-    )
+    return linear_at(partial(summed_linear, x, residual, norm, eps, gated=False), *layer)
 
 
 def _summed_linear_at_fake(
-    x: Tensor,
-    residual: Tensor,
-    norm: Tensor,
-    eps: float,
-    planes: Tensor,
-    scales: list[Tensor],
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    width: Tensor,
-    in_features: int,
-    out_features: int,
-    *rest: int | str | bool,
+    x: Tensor, residual: Tensor, norm: Tensor, eps: float, *layer: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return summed_fake(x.new_empty(*x.shape[:-1], out_features))
+    return summed_fake(packed_linear_at_fake(x, *layer))
 
 
-def _scaled_linears_at(
-    z: Tensor,
-    means: Tensor,
-    planes: list[Tensor],
-    scales: list[Tensor],
-    zeros: list[Tensor],
-    biases: list[Tensor],
-    widths: list[Tensor],
-    in_features: int,
-    out_features: list[int],
-    group_size: int,
-    rule: str,
-    resident: bool,
-    gated: bool = False,
-) -> Tensor:
-    """`packed_linears_at` by `scaled_linear`."""
-    calls = calls_of(planes, scales, zeros, biases, widths, out_features, gated)
-    kind: dict[str, Any] = {"in_features": in_features, "group_size": group_size, "rule": rule, "resident": resident}
-    return results_of(calls, gated, partial(scaled_linear, z, means, **kind))
+def _scaled_linears_at(z: Tensor, means: Tensor, *layers: Any) -> Tensor:
+    return linears_at(partial(scaled_linear, z, means), *layers)
 
 
-def _scaled_linears_at_fake(
-    z: Tensor,
-    means: Tensor,
-    planes: list[Tensor],
-    scales: list[Tensor],
-    zeros: list[Tensor],
-    biases: list[Tensor],
-    widths: list[Tensor],
-    in_features: int,
-    out_features: list[int],
-    group_size: int,
-    rule: str,
-    resident: bool,
-    gated: bool = False,
-) -> Tensor:
-    return z.new_empty(*z.shape[:-1], out_features[0] if gated else sum(out_features))
+def _scaled_linears_at_fake(z: Tensor, means: Tensor, *layers: Any) -> Tensor:
+    return packed_linears_at_fake(z, *layers)
 
 
 library.impl("summed_linear_at", _summed_linear_at, "CompositeExplicitAutograd")
